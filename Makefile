@@ -1,0 +1,42 @@
+# Every target sets up what it needs in .venv; a fresh machine needs Python >= 3.11, make and a package registry.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SEED ?= 0
+
+.PHONY: run test test-slow test-oracles lint clean
+.DELETE_ON_ERROR:
+
+# One stamp per set of extras; pip runs again only when the requirements change.
+$(VENV)/made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+$(VENV)/with-%: $(VENV)/made pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[$*]'
+	touch $@
+$(VENV)/plain: $(VENV)/made pyproject.toml constraints.txt
+	$(INSTALL) --editable .
+	touch $@
+
+# FedAvg, FedMut and FedQP on MNIST-5k, then the comparison. Finished runs are kept; `make clean` starts afresh.
+run: $(VENV)/plain
+	$(BIN)/python benchmarks/first_look.py --seed $(SEED)
+
+test: $(VENV)/with-test
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/with-test
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-oracles: $(VENV)/with-test $(VENV)/with-oracle
+	$(BIN)/python -m pytest -m oracle
+
+lint: $(VENV)/with-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs

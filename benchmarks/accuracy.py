@@ -1,0 +1,169 @@
+"""Accuracy of methods over seeds, in the background and resumable: runs what is missing, then writes tables and a figure.
+
+Question: how do the methods compare at equal budget on one task, with what spread over seeds?
+
+    python benchmarks/accuracy.py tune   --config configs/cifar10_lenet_0.1.yaml partition.path=…      seed 3, 20 rounds
+    python benchmarks/accuracy.py main   --config configs/cifar10_lenet_0.1.yaml partition.path=…      seeds 0 1 2, 60 rounds
+    python benchmarks/accuracy.py long   --config configs/cifar10_lenet_0.1.yaml partition.path=…      seed 0, 200 rounds
+    python benchmarks/accuracy.py report --config …                                                    only the tables
+
+Every tuned method gets four settings on the seed that the comparison does not use; the setting with the best mean of the
+last five evaluations is taken. Finished runs are kept, interrupted ones are continued.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from fedjax_qp import compare as comparison
+from fedjax_qp import config as configuration
+from fedjax_qp import records
+from fedjax_qp.plots import plot_comparison
+from fedjax_qp.run import resume, run
+
+TUNE = {
+    "fedavgm": [f"algorithm=fedavgm algorithm.weighting=uniform algorithm.momentum={m}" for m in (0.3, 0.5, 0.7, 0.9)],
+    "fedmut": [f"algorithm=fedmut algorithm.alpha={a}" for a in (0.5, 1, 2, 4)],
+    "nearest": [f"algorithm=fedqp algorithm.form=nearest algorithm.alpha={a}" for a in (0.5, 1, 2, 4)],
+    "box": [f"algorithm=fedqp algorithm.form=box algorithm.alpha={a}" for a in (0.5, 1, 1.5, 2)],
+    "joint": [
+        f"algorithm=fedqp algorithm.form=joint algorithm.alpha={a} algorithm.drift={m}"
+        for a, m in ((1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7))
+    ],
+    "references": [
+        f"algorithm=fedqp algorithm.form=references algorithm.references={r} algorithm.alpha={a}"
+        for r, a in (("clients", 1), ("clients", 2), ("history", 1), ("history", 2))
+    ],
+}
+FIXED = {"fedavg-size": "algorithm=fedavg", "fedavg-uniform": "algorithm=fedavg algorithm.weighting=uniform"}
+PHASES = {"tune": ((3,), 20), "main": ((0, 1, 2), 60), "long": ((0,), 200)}
+TUNED_LAST, LAST = 5, 10
+
+
+def complete(config: configuration.Config, console: Console) -> Path:
+    """Runs, continues or keeps one run; returns its folder."""
+    folder = config.run_folder
+    if not (folder / "config.yaml").exists():
+        run(config, console)
+    elif not _is_finished(folder, config.rounds):
+        resume(folder, console=console)
+    return folder
+
+
+def _is_finished(folder: Path, rounds: int) -> bool:
+    file = folder / "records.jsonl"
+    return file.exists() and any(line["round"] == rounds for line in records.read(folder))
+
+
+def score(folder: Path, last: int) -> float:
+    accuracies = [line["test_accuracy"] for line in records.read(folder) if "test_accuracy" in line]
+    return sum(accuracies[-last:]) / len(accuracies[-last:])
+
+
+def configure(arguments: argparse.Namespace, phase: str, label: str, method: str, seed: int) -> configuration.Config:
+    rounds = arguments.rounds or PHASES[phase][1]
+    name = f"{arguments.config.stem}-{phase}-{label}"
+    overrides = [*arguments.overrides, *method.split(), f"name={name}", f"seed={seed}", f"rounds={rounds}"]
+    return configuration.load(arguments.config, overrides)
+
+
+def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
+    """Runs the settings of every tuned method; returns the best of each and keeps all scores in a file."""
+    chosen, scores = {}, []
+    for method, settings in TUNE.items():
+        folders = {
+            setting: complete(configure(arguments, "tune", f"{method}{index}", setting, seed), console)
+            for index, setting in enumerate(settings)
+            for seed in PHASES["tune"][0]
+        }
+        ranking = {setting: score(folder, TUNED_LAST) for setting, folder in folders.items()}
+        chosen[method] = max(ranking, key=ranking.__getitem__)
+        scores += [{"method": method, "setting": key, "accuracy": value} for key, value in ranking.items()]
+    write(arguments, "tune", {"chosen": chosen, "scores": scores})
+    return chosen
+
+
+def compared(chosen: dict[str, str], scores: list[dict]) -> dict[str, str]:
+    """The methods of the comparison: fixed ones, tuned ones, the two best forms of FedQP and the best one's ablations."""
+    best = {row["method"]: max(r["accuracy"] for r in scores if r["method"] == row["method"]) for row in scores}
+    forms = sorted(("nearest", "box", "joint", "references"), key=lambda form: -best[form])[:2]
+    methods = {**FIXED, "fedavgm": chosen["fedavgm"], "fedmut": chosen["fedmut"]}
+    methods |= {f"fedqp-{form}": chosen[form] for form in forms}
+    return methods | {f"fedqp-{forms[0]}-{use}": f"{chosen[forms[0]]} algorithm.use={use}" for use in ("shifted", "drift")}
+
+
+def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str, str], console: Console) -> None:
+    """Seed by seed, so that an unfinished comparison is still paired."""
+    folders = []
+    for seed in arguments.seeds or PHASES[phase][0]:
+        for label, method in methods.items():
+            config = configure(arguments, phase, label, method, seed)
+            if not arguments.only_report:
+                complete(config, console)
+            if _is_finished(config.run_folder, config.rounds):
+                folders.append(config.run_folder)
+    report(arguments, phase, folders, console)
+
+
+def report(arguments: argparse.Namespace, phase: str, folders: list[Path], console: Console) -> None:
+    if not folders:
+        return
+    runs = comparison.load_runs(folders)
+    rows = comparison.summary(runs, last=LAST, target=None, baseline=f"{arguments.config.stem}-{phase}-fedavg-uniform")
+    console.print(comparison.table(rows))
+    stem = _results(arguments, phase)
+    stem.with_suffix(".md").write_text(comparison.to_markdown(rows))
+    stem.with_suffix(".json").write_text(comparison.to_json(rows))
+    plot_comparison(runs, stem.with_suffix(".png"))
+    with stem.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", "round", "train_loss", "test_loss", "test_accuracy", "client_accuracy_q10", "drift"])
+        for folder in folders:
+            for line in records.read(folder):
+                if "test_accuracy" in line:
+                    worst = line["client_accuracy"]["q10"]
+                    values = (line["train_loss"], line["test_loss"], line["test_accuracy"], worst)
+                    drift = line.get("mutation/drift")
+                    numbers = ["" if value is None else f"{value:.5g}" for value in (*values, drift)]
+                    writer.writerow([folder.name, line["round"], *numbers])
+
+
+def _results(arguments: argparse.Namespace, phase: str) -> Path:
+    folder = Path("benchmarks/results")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{arguments.config.stem.replace('.', '_')}-{phase}"
+
+
+def write(arguments: argparse.Namespace, phase: str, content: dict) -> None:
+    _results(arguments, phase).with_suffix(".json").write_text(json.dumps(content, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=[*PHASES, "report"])
+    parser.add_argument("--config", type=Path, default=Path("configs/cifar10_lenet_0.1.yaml"))
+    parser.add_argument("--rounds", type=int, help="instead of the phase's own number")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the phase's own seeds")
+    parser.add_argument("--methods", nargs="+", help="only these of the comparison")
+    parser.add_argument("overrides", nargs="*", help="settings to change in all runs")
+    arguments = parser.parse_intermixed_args()
+    arguments.only_report = arguments.phase == "report"
+    console = Console()
+    if arguments.phase == "tune":
+        console.print(tune(arguments, console))
+        return
+    tuned = json.loads(_results(arguments, "tune").with_suffix(".json").read_text())
+    methods = compared(tuned["chosen"], tuned["scores"])
+    if arguments.methods:
+        methods = {label: methods[label] for label in arguments.methods}
+    best_form = next(label for label in methods if label.startswith("fedqp-"))
+    long = {label: methods[label] for label in ("fedavg-uniform", "fedmut", best_form) if label in methods}
+    for phase in ("main", "long") if arguments.only_report else (arguments.phase,):
+        compare_methods(arguments, phase, long if phase == "long" else methods, console)
+
+
+if __name__ == "__main__":
+    main()

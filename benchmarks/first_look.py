@@ -1,0 +1,56 @@
+"""The main job of `make run`: FedAvg, FedMut and FedQP on MNIST-5k in the same engine, then a table and a figure.
+
+Runs that are already finished are kept and interrupted ones are continued, so a second call only compares.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from fedjax_qp import compare as comparison
+from fedjax_qp import config as configuration
+from fedjax_qp.plots import plot_comparison
+from fedjax_qp.run import resume, run
+
+METHODS = {
+    "FedAvg": ["algorithm=fedavg"],
+    "FedMut": ["algorithm=fedmut"],
+    "FedQP": [],
+}
+
+
+def finished_or_run(file: Path, name: str, overrides: list[str], console: Console) -> Path:
+    """Runs, continues or keeps one run; returns its folder."""
+    config = configuration.load(file, [*overrides, f"name={name}"])
+    if (config.run_folder / "config.yaml").exists():
+        resume(config.run_folder, console=console)
+    else:
+        run(config, console)
+    return config.run_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/mnist5k.yaml"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="settings to change in all runs, such as rounds=10")
+    arguments = parser.parse_args()
+    console = Console()
+    started = time.perf_counter()
+    folders = [
+        finished_or_run(
+            arguments.config, f"first-look-{label}", [*arguments.overrides, *method, f"seed={arguments.seed}"], console
+        )
+        for label, method in METHODS.items()
+    ]
+    runs = comparison.load_runs(folders)
+    console.print(comparison.table(comparison.summary(runs, last=10, target=None, baseline="first-look-FedAvg")))
+    figure = folders[0].parent / "first-look.png"
+    plot_comparison(runs, figure)
+    console.print(f"figure: {figure}; {time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

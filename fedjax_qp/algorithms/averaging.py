@@ -1,0 +1,146 @@
+"""Averaging methods: FedAvg, FedProx and FedOpt's server optimizers.
+
+Source: McMahan et al. 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data" (FedAvg);
+Li et al. 2020, "Federated Optimization in Heterogeneous Networks" (FedProx); Hsu et al. 2019, "Measuring the Effects of
+Non-Identical Data Distribution for Federated Visual Classification" (FedAvgM); Reddi et al. 2021, "Adaptive Federated
+Optimization" (FedAdam, FedYogi).
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import optax
+from jaxtyping import Array, PyTree
+from pydantic import Field
+
+from fedjax_qp.algorithms import algorithms
+from fedjax_qp.algorithms.local import LocalState, Upload, Weighting, add, local_training, mean_update, report
+from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Params
+
+
+class Server(NamedTuple):
+    params: Params
+    optimizer_state: PyTree
+
+
+def averaging(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    server_optimizer: optax.GradientTransformation,
+    *,
+    weighting: Weighting,
+    proximal: float = 0.0,
+) -> Algorithm:
+    """The server takes the clients' mean difference, negated, as a gradient (Reddi et al. 2021, algorithm 1).
+
+    Args:
+      server_optimizer: optax transformation of the pseudo-gradient; `optax.sgd(1.0)` is FedAvg.
+      proximal: μ of FedProx's penalty ½μ‖w − w_global‖².
+    """
+    training = local_training(loss, optimizer)
+
+    def init_server(params: Params) -> Server:
+        return Server(params, server_optimizer.init(params.trainable))
+
+    def dispatch(server: Server, cohort: Cohort, key: Any) -> tuple[Params, tuple, dict]:
+        return server.params, (), {}
+
+    def start(shared: Params, own: tuple, memory: tuple, key: Any) -> LocalState:
+        return training.start(shared)
+
+    def step(frozen: PyTree, shared: Params, carry: LocalState, batch: Batch, key: Any) -> LocalState:
+        def pull(trainable: PyTree) -> PyTree:
+            return jax.tree.map(lambda here, there: proximal * (here - there), trainable, shared.trainable)
+
+        return training.step(frozen, carry, batch, key, pull if proximal else None)
+
+    def finish(shared: Params, own: tuple, carry: LocalState, memory: tuple, client: Client) -> tuple:
+        upload, metrics = report(carry, shared.trainable, shared, client, weighting)
+        return upload, (), metrics
+
+    def combine(server: Server, total: Upload, key: Any) -> tuple[Server, dict[str, Array]]:
+        mean, metrics = mean_update(total)
+        gradient = jax.tree.map(lambda leaf: -leaf, mean.trainable)
+        updates, state = server_optimizer.update(gradient, server.optimizer_state, server.params.trainable)
+        trainable = optax.apply_updates(server.params.trainable, updates)
+        params = Params(trainable, add(server.params.statistics, mean.statistics))
+        return Server(params, state), metrics
+
+    return Algorithm(
+        init_server=init_server,
+        init_client=lambda params: (),
+        dispatch=dispatch,
+        start=start,
+        step=step,
+        finish=finish,
+        combine=combine,
+        serve=lambda server, memory: server.params,
+    )
+
+
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+@algorithms.register
+def fedavg(loss: Callable, optimizer: optax.GradientTransformation, *, weighting: Weighting = "size") -> Algorithm:
+    """Federated averaging, by number of examples or uniform."""
+    return averaging(loss, optimizer, optax.sgd(1.0), weighting=weighting)
+
+
+@algorithms.register
+def fedprox(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    proximal: Annotated[float, Field(ge=0)] = 0.01,
+    weighting: Weighting = "size",
+) -> Algorithm:
+    """FedAvg with a penalty on the distance to the global model."""
+    return averaging(loss, optimizer, optax.sgd(1.0), weighting=weighting, proximal=proximal)
+
+
+@algorithms.register
+def fedavgm(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    momentum: Share = 0.9,
+    server_learning_rate: Positive = 1.0,
+    weighting: Weighting = "size",
+) -> Algorithm:
+    """Server momentum: heavy ball on the pseudo-gradient."""
+    return averaging(loss, optimizer, optax.sgd(server_learning_rate, momentum), weighting=weighting)
+
+
+@algorithms.register
+def fedadam(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    server_learning_rate: Positive = 0.01,
+    beta1: Share = 0.9,
+    beta2: Share = 0.99,
+    adaptivity: Positive = 1e-3,
+    weighting: Weighting = "size",
+) -> Algorithm:
+    """Adam on the server. Deviation: optax corrects the moments' initial bias, algorithm 2 of the paper does not."""
+    server_optimizer = optax.adam(server_learning_rate, beta1, beta2, eps=adaptivity)
+    return averaging(loss, optimizer, server_optimizer, weighting=weighting)
+
+
+@algorithms.register
+def fedyogi(
+    loss: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    server_learning_rate: Positive = 0.01,
+    beta1: Share = 0.9,
+    beta2: Share = 0.99,
+    adaptivity: Positive = 1e-3,
+    weighting: Weighting = "size",
+) -> Algorithm:
+    """Yogi on the server. Deviation: optax corrects the moments' initial bias, algorithm 2 of the paper does not."""
+    server_optimizer = optax.yogi(server_learning_rate, beta1, beta2, eps=adaptivity)
+    return averaging(loss, optimizer, server_optimizer, weighting=weighting)

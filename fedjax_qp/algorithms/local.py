@@ -1,0 +1,109 @@
+"""What nearly all methods share: a client trains a model for some steps and uploads a weighted difference."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from fedjax_qp.federated import Batch, Client, Params
+
+Weighting = Literal["size", "uniform"]
+
+
+class LocalState(NamedTuple):
+    """A client in training."""
+
+    params: Params
+    optimizer_state: PyTree
+    loss_sum: Float[Array, ""]
+
+
+class Upload(NamedTuple):
+    """A client's report. All fields are summed over the cohort, so the weight is inside."""
+
+    weight: Float[Array, ""]
+    update: Params  # weight · (trained model − reference model)
+    direction: PyTree  # the client's progress scaled to norm 1: the sum's norm tells how far clients agree
+    reporters: Float[Array, ""]  # 1; the sum counts who reported
+
+
+class LocalTraining(NamedTuple):
+    """Plain local training as the functions an `Algorithm` is made of."""
+
+    start: Callable[[Params], LocalState]
+    step: Callable[..., LocalState]
+
+
+def local_training(loss: Callable, optimizer: optax.GradientTransformation) -> LocalTraining:
+    """Stochastic gradient steps with an optax optimizer whose state is fresh in every round.
+
+    Args:
+      loss: `(frozen, Params, Batch, key) -> (loss, statistics)`.
+
+    Returns:
+      `start(params)` and `step(frozen, state, batch, key, penalty_gradient=None)`, where `penalty_gradient(trainable)`
+      is added to the loss's gradient.
+    """
+
+    def start(params: Params) -> LocalState:
+        return LocalState(params, optimizer.init(params.trainable), jnp.zeros(()))
+
+    def step(
+        frozen: PyTree, state: LocalState, batch: Batch, key: Any, penalty_gradient: Callable | None = None
+    ) -> LocalState:
+        def objective(trainable: PyTree) -> tuple[Array, PyTree]:
+            return loss(frozen, state.params._replace(trainable=trainable), batch, key)
+
+        trainable = state.params.trainable
+        (value, statistics), gradient = jax.value_and_grad(objective, has_aux=True)(trainable)
+        if penalty_gradient is not None:
+            gradient = jax.tree.map(jnp.add, gradient, penalty_gradient(trainable))
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, trainable)
+        params = Params(optax.apply_updates(trainable, updates), statistics)
+        return LocalState(params, optimizer_state, state.loss_sum + value)
+
+    return LocalTraining(start, step)
+
+
+def client_weight(weighting: Weighting, client: Client) -> Float[Array, ""]:
+    """Weight of a client in the average: its number of examples, or 1."""
+    return client.size if weighting == "size" else jnp.ones(())
+
+
+def report(
+    state: LocalState, begun: PyTree, reference: Params, client: Client, weighting: Weighting
+) -> tuple[Upload, dict[str, Array]]:
+    """Makes a client's upload and metrics.
+
+    Args:
+      state: the client after its last step.
+      begun: the trainable arrays it started from; its progress is measured from there.
+      reference: the model that the upload is a difference to (the global one).
+    """
+    weight = client_weight(weighting, client)
+    difference = jax.tree.map(jnp.subtract, state.params, reference)
+    progress = jax.tree.map(jnp.subtract, state.params.trainable, begun)
+    norm = optax.tree.norm(progress)
+    direction = jax.tree.map(lambda leaf: leaf / jnp.maximum(norm, jnp.finfo(leaf.dtype).tiny), progress)
+    upload = Upload(weight, jax.tree.map(lambda leaf: weight * leaf, difference), direction, jnp.ones(()))
+    return upload, {"client/loss": state.loss_sum / client.steps, "client/update_norm": norm}
+
+
+def mean_update(total: Upload) -> tuple[Params, dict[str, Array]]:
+    """The weighted mean of the clients' differences (zero when nobody reported), and how far the clients agree.
+
+    The mean cosine between two different clients' progress follows from the sum of M unit vectors u_i alone:
+    ‖Σu_i‖² = M + Σ_{i≠j} cos(u_i, u_j).
+    """
+    mean = jax.tree.map(lambda leaf: leaf / jnp.where(total.weight > 0, total.weight, 1), total.update)
+    pairs = total.reporters * (total.reporters - 1)
+    agreement = (optax.tree.norm(total.direction, squared=True) - total.reporters) / jnp.where(pairs > 0, pairs, 1)
+    return mean, {"update/cosine_between_clients": agreement, "update/norm": optax.tree.norm(mean.trainable)}
+
+
+def add(first: PyTree, second: PyTree) -> PyTree:
+    """Sum of two trees."""
+    return jax.tree.map(jnp.add, first, second)

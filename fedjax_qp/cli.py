@@ -1,0 +1,118 @@
+"""The command line: `fedjax-qp run | resume | compare | list`."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from fedjax_qp.registry import ConfigurationError, Registry
+
+Positional = tyro.conf.Positional
+
+
+def run(
+    config: Positional[Path], overrides: Positional[tuple[str, ...]] = (), *, seeds: tuple[int, ...] | None = None
+) -> int:
+    """Runs a configuration file.
+
+    Args:
+      config: YAML file; see configs/.
+      overrides: settings to change, such as rounds=20 algorithm.alpha=2 algorithm=fedavg.
+      seeds: runs once for each of these seeds, one after another.
+    """
+    from fedjax_qp import config as configuration
+    from fedjax_qp.run import run as start
+
+    console = Console()
+    for seed in [None] if seeds is None else seeds:
+        changes = [*overrides] if seed is None else [*overrides, f"seed={seed}"]
+        outcome = start(configuration.load(config, changes), console)
+        if outcome.reason == "interrupted":
+            return 130
+    return 0
+
+
+def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> int:
+    """Continues an interrupted run from its newest checkpoint.
+
+    Args:
+      run: the run's folder.
+      overrides: settings to change, such as rounds=200.
+    """
+    from fedjax_qp.run import resume as go_on
+
+    return 130 if go_on(run, list(overrides)).reason == "interrupted" else 0
+
+
+def compare(
+    runs: Positional[tuple[Path, ...]],
+    *,
+    last: int = 10,
+    target: float | None = None,
+    baseline: str | None = None,
+    output: Path = Path("comparison"),
+) -> int:
+    """Compares runs: a table and a figure with the spread over seeds.
+
+    Args:
+      runs: run folders; runs that differ in nothing but the seed are one method.
+      last: accuracy is the mean over so many last evaluations.
+      target: reports the rounds to reach this accuracy.
+      baseline: name of the method that paired differences are taken to.
+      output: files are written to this path with the endings .md, .json and .png.
+    """
+    from fedjax_qp import compare as comparison
+    from fedjax_qp.plots import plot_comparison
+
+    loaded = comparison.load_runs(list(runs))
+    rows = comparison.summary(loaded, last=last, target=target, baseline=baseline)
+    console = Console()
+    console.print(comparison.table(rows))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".md").write_text(comparison.to_markdown(rows))
+    output.with_suffix(".json").write_text(comparison.to_json(rows))
+    plot_comparison(loaded, output.with_suffix(".png"))
+    console.print(f"figure: {output.with_suffix('.png')}")
+    return 0
+
+
+def list_parts(kind: Positional[Literal["all", "algorithms", "data", "partitions", "models"]] = "all") -> int:
+    """Lists algorithms, data sources, partitions and models with their options and defaults."""
+    from fedjax_qp.algorithms import algorithms
+    from fedjax_qp.data import partitions, sources
+    from fedjax_qp.models import models
+
+    registries = {"algorithms": algorithms, "data": sources, "partitions": partitions, "models": models}
+    console = Console()
+    for name, registry in registries.items():
+        if kind in ("all", name):
+            console.print(_listing(registry))
+    return 0
+
+
+def _listing(registry: Registry) -> Table:
+    table = Table("name", "what", "options", title=registry.kind, title_justify="left")
+    for name in registry.names():
+        first_line = (registry[name].__doc__ or "").strip().split("\n")[0]
+        options = [
+            key if option.default is option.empty else f"{key}={option.default!r}"
+            for key, option in registry.options(name).items()
+        ]
+        table.add_row(name, first_line, ", ".join(options))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point; configuration errors end with one readable line and status 2."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    commands = {"run": run, "resume": resume, "compare": compare, "list": list_parts}
+    try:
+        status = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="fedjax-qp")
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

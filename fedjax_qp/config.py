@@ -1,0 +1,211 @@
+"""Configuration: YAML mapped strictly onto frozen dataclasses. Every default of a run is in this file.
+
+Only the interchangeable parts (`data`, `partition`, `model`, `algorithm`) have further options: the keyword arguments of the
+function they name. `experiment.build` checks those, so that the resolved configuration shows every value in use.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedjax_qp.registry import ConfigurationError, unknown_name
+
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named entry of a registry with its options, in YAML `{name: dirichlet, beta: 0.1}`."""
+
+    name: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Local:
+    """A client's work in a round."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    momentum: Probability = 0.9  # sgd only
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    epochs: Count = 5
+    batch_size: Count = 50
+    maximum_steps: Count | None = None  # cuts a client's work off; null = E·ceil(n/B) steps
+
+
+@dataclass(frozen=True)
+class Participation:
+    """Who takes part in a round."""
+
+    cohort: Count = 10  # clients per round
+    dropout: Probability = 0.0  # chance that a sampled client never reports
+    stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0  # chance that a client does only part of its work
+    straggler_work: Annotated[float, Field(gt=0, le=1)] = 0.5  # that part, as a share of its local steps
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How the work is laid out on devices; results do not depend on it beyond float rounding."""
+
+    parallel: Literal["vmap", "shard_map", "pmap"] = "vmap"
+    devices: Count = 1
+    lanes: Count | Literal["auto"] = "auto"  # clients trained side by side; auto measures and picks
+    rounds_per_chunk: Count = 10  # rounds in one program; also the distance of checkpoints
+    client_store: Literal["device", "host"] = "device"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: Count = 1  # rounds
+    batch_size: Count = 500
+    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None  # reports "rounds to reach"
+    stop_at_target: bool = False
+    patience: Count | None = None  # stop after so many evaluations without a better accuracy
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    every_chunks: Count = 1
+    keep: Count = 2  # the newest ones; the best is kept besides
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str
+    data: Part
+    partition: Part
+    model: Part
+    algorithm: Part
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    rounds: Count = 100
+    folder: str = "runs"
+    local: Local = dataclasses.field(default_factory=Local)
+    participation: Participation = dataclasses.field(default_factory=Participation)
+    engine: Engine = dataclasses.field(default_factory=Engine)
+    evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)
+    checkpoints: Checkpoints = dataclasses.field(default_factory=Checkpoints)
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.folder) / f"{self.name}-seed{self.seed}"
+
+
+PARTS = ("data", "partition", "model", "algorithm")
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Builds a configuration from nested dicts.
+
+    Raises:
+      ConfigurationError: a key is unknown (the nearest valid ones are named) or missing, or a value is out of range.
+    """
+    _check_keys(values, Config, "")
+    prepared = {key: _part(key, value) if key in PARTS else value for key, value in values.items()}
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(prepared)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(_readable(error)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The inverse of `from_dict`: plain nested dicts, parts flattened as in YAML."""
+    values = dataclasses.asdict(config)
+    for key in PARTS:
+        part = values[key]
+        values[key] = {"name": part["name"], **part["options"]}
+    return values
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """Reads a YAML file and applies overrides such as `algorithm.alpha=2`.
+
+    An override that changes the name of a part (`algorithm.name=fedavg`, or shorter `algorithm=fedavg`) drops the
+    part's other options: they belonged to another function.
+    """
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        near = sorted(str(file) for file in folder.glob("*.yaml"))
+        raise ConfigurationError(f"no configuration file {str(path)!r}; there are: {', '.join(near) or 'none here'}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path} holds {type(values).__name__}, not a mapping of settings.")
+    for override in overrides or []:
+        _override(values, override)
+    return from_dict(values)
+
+
+def save(config: Config, path: Path) -> None:
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the settings in which two configurations differ, with both values."""
+    found = []
+    for key in sorted(first.keys() | second.keys()):
+        a, b = first.get(key), second.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} → {b!r}")
+    return found
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigurationError(f"override {override!r} is not of the form key=value (for example rounds=20).")
+    value = yaml.safe_load(text)
+    *folders, last = key.split(".")
+    if key in PARTS and isinstance(value, str):
+        folders, last = [key], "name"
+    for folder in folders:
+        values = values.setdefault(folder, {})
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"override {override!r}: {folder!r} is a single value and has no parts.")
+    if folders and folders[0] in PARTS and last == "name" and values.get("name") != value:
+        values.clear()
+    values[last] = value
+
+
+def _part(key: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, dict) or "name" not in value:
+        raise ConfigurationError(f"{key} = {value!r} needs a name, for example `{key}: {{name: …}}`.")
+    return {"name": value["name"], "options": {k: v for k, v in value.items() if k != "name"}}
+
+
+def _check_keys(values: dict[str, Any], cls: type, prefix: str) -> None:
+    """Unknown keys are errors; pydantic would say so too, but without the nearest valid one."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in fields:
+            raise unknown_name("setting", f"{prefix}{key}", [prefix + name for name in fields])
+        inner = fields[key].type
+        if dataclasses.is_dataclass(inner) and inner is not Part:
+            if not isinstance(value, dict):
+                raise ConfigurationError(f"{prefix}{key} = {value!r} must be a mapping of settings.")
+            _check_keys(value, inner, f"{prefix}{key}.")
+
+
+def _readable(error: pydantic.ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function", "constrained")))
+        given = "" if item["type"] == "missing" else f" = {item['input']!r}"
+        lines.append(f"{name}{given}: {item['msg']}")
+    return "; ".join(lines) + "."

@@ -1,0 +1,246 @@
+"""Partitions: which training examples each client holds.
+
+A partition is a function `(dataset, rng, *, options)` that returns one sorted int64 array of indices into the training
+examples for each client. They are disjoint, none is empty, and unless an entry says otherwise they cover the data.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from fedjax_qp.data.sources import Dataset
+from fedjax_qp.registry import ConfigurationError, Registry
+
+partitions = Registry("partition")
+
+
+@partitions.register
+def iid(dataset: Dataset, rng: np.random.Generator, *, clients: int = 100) -> list[Int[np.ndarray, "n"]]:
+    """Deals the shuffled examples evenly; sizes differ by one at most.
+
+    Source: McMahan et al., "Communication-efficient learning of deep networks from
+    decentralized data", 2017, section 3.
+    """
+    examples = len(dataset.train.labels)
+    _check_clients(clients, examples)
+    parts = [np.sort(part) for part in np.array_split(rng.permutation(examples), clients)]
+    return check_partition(parts, dataset, complete=True)
+
+
+@partitions.register
+def dirichlet(
+    dataset: Dataset,
+    rng: np.random.Generator,
+    *,
+    clients: int = 100,
+    beta: float = 0.5,
+    minimum: int = 10,
+    attempts: int = 1000,
+) -> list[Int[np.ndarray, "n"]]:
+    """Draws each class's shares from a Dirichlet distribution: the smaller beta, the fewer classes a client has.
+
+    Source: FedMut (AAAI 2024), data settings; the idea of Dirichlet label shares is from Hsu, Qi and Brown, "Measuring
+    the effects of non-identical data distribution for federated visual classification", arXiv 1909.06335, 2019.
+    Class after class, a client that already holds its even share (N / K examples) gets none of the class. The whole
+    draw is repeated until the smallest client has `minimum` examples.
+
+    Args:
+      clients: K.
+      beta: concentration, above 0; 0.1 is very uneven, 100 nearly IID.
+      minimum: examples that every client must have.
+      attempts: draws before giving up.
+
+    Raises:
+      ConfigurationError: no draw satisfied `minimum`, or an option is out of range.
+    """
+    labels = np.asarray(dataset.train.labels)
+    _check_clients(clients, len(labels))
+    _require(np.isfinite(beta) and beta > 0, f"beta = {beta} must be a finite number above 0, such as 0.1 or 0.5.")
+    _require(attempts >= 1, f"attempts = {attempts} must be at least 1.")
+    _require(
+        1 <= minimum <= len(labels) // clients,
+        f"minimum = {minimum} must be between 1 and {len(labels) // clients}, the even share of {clients} clients of "
+        f"{len(labels)} examples. Lower it, or take fewer clients.",
+    )
+    sizes = np.bincount(labels, minlength=dataset.classes)
+    best = 0
+    for _ in range(attempts):
+        counts = _draw_counts(sizes, rng, clients, beta)
+        best = max(best, int(counts.sum(axis=0).min()))
+        if best >= minimum:
+            return check_partition(_deal(labels, counts, rng), dataset, complete=True)
+    raise ConfigurationError(
+        f"partition 'dirichlet': in {attempts} draws of beta = {beta} over {clients} clients and {len(labels)} "
+        f"examples, the smallest client had {best} examples at most, but minimum = {minimum}. Lower minimum or "
+        "clients, or raise beta or attempts."
+    )
+
+
+def _draw_counts(
+    sizes: Int[np.ndarray, "C"], rng: np.random.Generator, clients: int, beta: float
+) -> Int[np.ndarray, "C K"]:
+    """One draw, as numbers of examples by class and client; indices are dealt only for the draw that is kept."""
+    shares: Float[np.ndarray, "C K"] = rng.dirichlet(np.full(clients, beta), size=len(sizes))
+    counts = np.zeros(shares.shape, np.int64)
+    held = np.zeros(clients, np.int64)
+    for label, size in enumerate(sizes):
+        share = np.where(held < sizes.sum() / clients, shares[label], 0.0)
+        # Where all the share fell on clients that are full, nobody is left to take the class: such a draw is void.
+        cumulative = np.cumsum(share)
+        if cumulative[-1] <= 0:
+            return np.zeros_like(counts)
+        cuts = (cumulative[:-1] / cumulative[-1] * size).astype(np.int64)
+        counts[label] = np.diff(cuts, prepend=0, append=size)
+        held += counts[label]
+    return counts
+
+
+def _deal(
+    labels: Int[np.ndarray, "N"], counts: Int[np.ndarray, "C K"], rng: np.random.Generator
+) -> list[Int[np.ndarray, "n"]]:
+    """Gives each client its number of random examples of each class."""
+    owner = np.empty(len(labels), np.int64)
+    for label, row in enumerate(counts):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        owner[members] = np.repeat(np.arange(len(row)), row)
+    return _group(owner, counts.shape[1])
+
+
+@partitions.register
+def shards(
+    dataset: Dataset, rng: np.random.Generator, *, clients: int = 100, shards_per_client: int = 2
+) -> list[Int[np.ndarray, "n"]]:
+    """Sorts by label, cuts into equal shards and deals them: most clients see about `shards_per_client` classes.
+
+    Source: McMahan et al., "Communication-efficient learning of deep networks from
+    decentralized data", 2017, section 3.
+    A shard spans two classes where a class boundary falls inside it.
+    """
+    labels = np.asarray(dataset.train.labels)
+    _check_clients(clients, len(labels))
+    total = clients * shards_per_client
+    _require(
+        shards_per_client >= 1 and total <= len(labels),
+        f"shards_per_client = {shards_per_client} must be between 1 and {len(labels) // clients} for {clients} clients "
+        f"of {len(labels)} examples.",
+    )
+    pieces = np.array_split(np.argsort(labels, kind="stable"), total)
+    hands = rng.permutation(total).reshape(clients, shards_per_client)
+    parts = [np.sort(np.concatenate([pieces[piece] for piece in hand])) for hand in hands]
+    return check_partition(parts, dataset, complete=True)
+
+
+@partitions.register
+def natural(dataset: Dataset, rng: np.random.Generator, *, minimum: int = 1) -> list[Int[np.ndarray, "n"]]:
+    """One client for each person or device the data came from, in the order of their ids; draws nothing.
+
+    Source: Caldas et al., "LEAF: a benchmark for federated settings", arXiv 1812.01097, 2018.
+
+    Args:
+      minimum: clients with fewer examples are left out, with their examples (as LEAF does); 1 keeps all.
+    """
+    if dataset.client_ids is None:
+        raise ConfigurationError(
+            "partition 'natural' needs a data source that knows its clients, such as 'arrays' with client_ids; this "
+            "one does not. Take 'dirichlet', 'iid' or 'shards' instead."
+        )
+    _require(minimum >= 1, f"minimum = {minimum} must be at least 1.")
+    _, owner = np.unique(dataset.client_ids, return_inverse=True)
+    parts = _group(owner, owner.max() + 1)
+    kept = [part for part in parts if len(part) >= minimum]
+    largest = max(len(part) for part in parts)
+    _require(
+        bool(kept), f"minimum = {minimum} leaves out all {len(parts)} clients; the largest has {largest} examples."
+    )
+    return check_partition(kept, dataset, complete=minimum == 1)
+
+
+@partitions.register
+def json_file(
+    dataset: Dataset, rng: np.random.Generator, *, path: str, complete: bool = True
+) -> list[Int[np.ndarray, "n"]]:
+    """Reads a published split, in the JSON format of FedMut's repository; draws nothing.
+
+    Source: FedMut (AAAI 2024), the authors' repository: `train_data` maps client numbers to lists of indices into the
+    training examples in the order of the original files; `num_users`, where present, is the number of clients.
+
+    Args:
+      path: the JSON file.
+      complete: whether the split must use every training example.
+    """
+    file = Path(path).expanduser()
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"partition 'json_file': {file} cannot be read as JSON: {error}") from None
+    lists = content.get("train_data") if isinstance(content, dict) else None
+    if not isinstance(lists, dict) or not lists or not all(key.isdecimal() for key in lists):
+        raise ConfigurationError(f"{file} needs an entry `train_data` that maps client numbers to lists of indices.")
+    stated = content.get("num_users", len(lists))
+    if stated != len(lists) or sorted(map(int, lists)) != list(range(len(lists))):
+        raise ConfigurationError(
+            f"{file} states {stated} clients but lists {len(lists)}; clients must be numbered from 0 without a gap."
+        )
+    parts = [_indices(lists[key], f"client {key} in {file}") for key in sorted(lists, key=int)]
+    try:
+        return check_partition(parts, dataset, complete=complete)
+    except ConfigurationError as error:
+        remedy = "" if complete is False else " (a split that leaves examples out on purpose: complete = false)"
+        raise ConfigurationError(f"a split file that does not fit the data: {file}: {error}{remedy}") from None
+
+
+def _indices(values: object, where: str) -> Int[np.ndarray, "n"]:
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise ConfigurationError(f"{where} must be a list of whole numbers.")
+    return np.sort(np.array(values, np.int64))
+
+
+def check_partition(
+    parts: list[Int[np.ndarray, "n"]], dataset: Dataset, *, complete: bool = False
+) -> list[Int[np.ndarray, "n"]]:
+    """Returns `parts` after checking them.
+
+    Args:
+      parts: sorted indices into the training examples, one array a client.
+      complete: whether every training example must belong to a client.
+
+    Raises:
+      ConfigurationError: a client is empty, an index is outside the data or used twice, or an example is left over.
+    """
+    examples = len(dataset.train.labels)
+    _require(len(parts) > 0, "there are no clients; at least one is needed.")
+    for client, part in enumerate(parts):
+        _require(len(part) > 0, f"client {client} has no examples; every client needs one. Take fewer clients.")
+        worst = int(part[0] if part[0] < 0 else part[-1])
+        _require(
+            0 <= worst < examples,
+            f"client {client} has the index {worst}, but the training set has size {examples} (0 … {examples - 1}).",
+        )
+    uses = np.bincount(np.concatenate(parts), minlength=examples)
+    _require(uses.max() <= 1, f"the training example {uses.argmax()} is used {uses.max()} times; once at most.")
+    unused = int((uses == 0).sum())
+    _require(
+        not (complete and unused),
+        f"{unused} of {examples} training examples belong to no client, the first is {uses.argmin()}.",
+    )
+    return parts
+
+
+def _group(owner: Int[np.ndarray, "N"], clients: int) -> list[Int[np.ndarray, "n"]]:
+    """Returns the sorted indices of each owner."""
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
+
+
+def _check_clients(clients: int, examples: int) -> None:
+    _require(
+        1 <= clients <= examples,
+        f"clients = {clients} must be between 1 and {examples}, the number of training examples.",
+    )
+
+
+def _require(condition: bool | np.bool_, message: str) -> None:
+    if not condition:
+        raise ConfigurationError(f"partition: {message}")

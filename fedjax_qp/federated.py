@@ -1,0 +1,150 @@
+"""The vocabulary of the simulator and the shape of a round. Read this file first.
+
+A round is server → clients → server:
+
+    shared, own, metrics = dispatch(server, cohort, key)       what all clients get, and what each one gets
+    carry = start(shared, own, memory, key)                    a client begins ...
+    carry = step(frozen, shared, carry, batch, key)            ... trains on one batch after another ...
+    upload, memory, metrics = finish(shared, own, carry, memory, client)      ... and reports
+    server, metrics = combine(server, total, key)              `total` is the sum of the uploads
+
+An algorithm is these pure functions and nothing else. It never sees lanes, devices or padding: `engine` interleaves the
+clients of a cohort, adds up their uploads and carries their memories. A method that must see every single upload gives
+`combine_each` in place of `combine`.
+
+A complete method, in one file of `algorithms/`:
+
+    @algorithms.register
+    def fedavg(loss, optimizer, *, weighting: Weighting = "size") -> Algorithm:
+        training = local_training(loss, optimizer)
+        def dispatch(server, cohort, key): return server, (), {}
+        ...
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+
+class Params(NamedTuple):
+    """A model's arrays. Algorithms optimise, mutate and mask `trainable` only; `statistics` are averaged."""
+
+    trainable: PyTree
+    statistics: PyTree  # batch-norm running means and variances; () where there are none
+
+
+class Batch(NamedTuple):
+    """Examples of one step; a padded example has mask False and must not influence anything."""
+
+    examples: PyTree  # arrays [B, ...]
+    mask: Bool[Array, "B"]
+
+
+class Model(NamedTuple):
+    """What is trained, as pure functions. `frozen` holds weights that no client changes (`()` where there are none)."""
+
+    init: Callable  # (key) -> Params
+    loss: Callable  # (frozen, Params, Batch, key) -> (mean loss over the mask, new statistics)
+    evaluate: Callable  # (frozen, Params, Batch) -> dict of sums over the mask
+
+
+class Cohort(NamedTuple):
+    """The M clients of one round. A client with zero steps dropped out: it receives, but never reports."""
+
+    clients: Int[Array, "M"]  # indices into the federation, 0 … K−1
+    sizes: Float[Array, "M"]  # number of training examples
+    steps: Int[Array, "M"]  # local steps the client will take
+
+
+class Client(NamedTuple):
+    """The facts about one client that `finish` may need; scalars."""
+
+    index: Int[Array, ""]
+    size: Float[Array, ""]
+    steps: Int[Array, ""]
+
+
+class FederatedState(NamedTuple):
+    """Everything that changes during a run, and exactly what a checkpoint holds."""
+
+    round: Int[Array, ""]  # number of finished rounds
+    server: PyTree
+    clients: PyTree  # client memories, leading axis K (or the rows in use, see `engine`); () where there are none
+
+
+class Algorithm(NamedTuple):
+    """One federated method as pure functions; see the module docstring for the order of the calls.
+
+    Shapes: `own`, memories, uploads and metrics of `start`, `step` and `finish` are those of one client; `dispatch`
+    returns `own` with a leading axis [M]. Metrics are flat dicts of arrays whose shapes do not depend on the round.
+    """
+
+    init_server: Callable  # (Params) -> server
+    init_client: Callable  # (Params) -> memory
+    dispatch: Callable  # (server, Cohort, key) -> (shared, own[M, ...], metrics)
+    start: Callable  # (shared, own, memory, key) -> carry
+    step: Callable  # (frozen, shared, carry, Batch, key) -> carry
+    finish: Callable  # (shared, own, carry, memory, Client) -> (upload, memory, metrics)
+    serve: Callable  # (server, memory) -> Params to evaluate a client with
+    combine: Callable | None = None  # (server, total, key) -> (server, metrics)
+    combine_each: Callable | None = None  # (server, uploads[M, ...], Cohort, key) -> (server, metrics)
+
+
+class RoundKeys(NamedTuple):
+    """The three independent streams of randomness of one round."""
+
+    dispatch: Key[Array, ""]
+    clients: Key[Array, ""]
+    combine: Key[Array, ""]
+
+
+def round_keys(key: Key[Array, ""], round: Int[Array, ""]) -> RoundKeys:
+    """Keys are a function of (seed, round) alone, so that a resumed run draws what the uninterrupted one would have."""
+    return RoundKeys(*jax.random.split(jax.random.fold_in(key, round), 3))
+
+
+def client_key(key: Key[Array, ""], client: Int[Array, ""], local_step: Int[Array, ""]) -> Key[Array, ""]:
+    """A function of the client and its own step count: never of slot, lane or device."""
+    return jax.random.fold_in(jax.random.fold_in(key, client), local_step)
+
+
+def init_state(algorithm: Algorithm, params: Params, clients: int) -> FederatedState:
+    """Returns the state before round 0; copies, so that the caller's arrays survive donation.
+
+    Args:
+      params: initial model.
+      clients: K, the number of clients in the federation.
+    """
+    params = jax.tree.map(jnp.array, params)
+    memory = algorithm.init_client(params)
+    memories = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], clients, axis=0), memory)
+    server = jax.tree.map(jnp.array, algorithm.init_server(params))
+    return FederatedState(jnp.zeros((), jnp.int32), server, memories)
+
+
+def federated_round(
+    algorithm: Algorithm, run_clients: Callable, state: FederatedState, cohort: Cohort, rows: Int[Array, "M"], key: Any
+) -> tuple[FederatedState, dict[str, Array]]:
+    """One round: the whole of federated learning in a few lines.
+
+    Args:
+      run_clients: `(shared, own, memories, key) -> (collected, memories, metrics)`, the engine's parallel training of
+        the cohort; `collected` is the sum of the uploads, or all of them [M, ...] for `combine_each`.
+      rows: where each cohort member's memory lies in `state.clients`.
+
+    Returns:
+      The next state, and a flat dict of metrics (per-client ones have shape [M]).
+    """
+    keys = round_keys(key, state.round)
+    shared, own, dispatch_metrics = algorithm.dispatch(state.server, cohort, keys.dispatch)
+    memories = jax.tree.map(lambda leaf: leaf[rows], state.clients)
+    collected, memories, client_metrics = run_clients(shared, own, memories, keys.clients)
+    if algorithm.combine_each is not None:
+        server, metrics = algorithm.combine_each(state.server, collected, cohort, keys.combine)
+    else:
+        server, metrics = algorithm.combine(state.server, collected, keys.combine)
+    clients = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state.clients, memories)
+    return FederatedState(state.round + 1, server, clients), {**dispatch_metrics, **client_metrics, **metrics}

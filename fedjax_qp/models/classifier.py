@@ -1,0 +1,76 @@
+"""A network as the pure functions that algorithms train: normalised inputs, masked cross-entropy, sums per class."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+
+from fedjax_qp.federated import Batch, Model, Params
+
+
+def classifier(
+    build: Callable[[nnx.Rngs], nnx.Module],
+    *,
+    mean: tuple[float, ...] | float = 0.5,
+    std: tuple[float, ...] | float = 0.5,
+    classes: int,
+) -> Model:
+    """Returns the model of an image classifier; batches hold `Examples`.
+
+    Parameters and statistics are plain nested dicts, one array for each kernel and each bias.
+
+    Args:
+      build: makes the network from its random numbers; see `fedjax_qp.models`.
+      mean: of the pixels scaled to 0 … 1, one number or one for each channel.
+      std: likewise.
+      classes: number of classes.
+    """
+    # Abstract: shapes only, nothing is computed. The graph definition is the same for every key.
+    graph, *_ = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, nnx.BatchStat)
+
+    def init(key: Key[Array, ""]) -> Params:
+        return _params(build(nnx.Rngs(params=key)))
+
+    def forward(params: Params, batch: Batch, *, train: bool) -> tuple[Float[Array, "B classes"], PyTree]:
+        network = nnx.merge(graph, params.trainable, params.statistics)
+        logits = network(normalise(batch.examples.inputs, mean, std), batch.mask, train=train)
+        return logits, _params(network).statistics
+
+    def loss(frozen: Any, params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], PyTree]:
+        logits, statistics = forward(params, batch, train=True)
+        return _losses(logits, batch).sum() / jnp.maximum(batch.mask.sum(), 1), statistics
+
+    def evaluate(frozen: Any, params: Params, batch: Batch) -> dict[str, Array]:
+        logits, _ = forward(params, batch, train=False)
+        hits = (logits.argmax(-1) == batch.examples.labels) & batch.mask
+        labels = jax.nn.one_hot(batch.examples.labels, classes)
+        return {"loss": _losses(logits, batch).sum(), "correct": hits @ labels, "count": batch.mask @ labels}
+
+    return Model(init=init, loss=loss, evaluate=evaluate)
+
+
+def normalise(
+    inputs: UInt8[Array, "B H W C"] | Float[Array, "B H W C"],
+    mean: tuple[float, ...] | float,
+    std: tuple[float, ...] | float,
+) -> Float[Array, "B H W C"]:
+    """Scales pixels 0 … 255 to 0 … 1 and standardises them; inputs that are floats already are left alone."""
+    if jnp.issubdtype(inputs.dtype, jnp.floating):
+        return inputs
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return inputs * (1 / (255 * std)) - mean / std
+
+
+def _params(network: nnx.Module) -> Params:
+    _, trainable, statistics = nnx.split(network, nnx.Param, nnx.BatchStat)
+    return Params(nnx.to_pure_dict(trainable), nnx.to_pure_dict(statistics))
+
+
+def _losses(logits: Float[Array, "B classes"], batch: Batch) -> Float[Array, "B"]:
+    """Cross-entropy of each example; 0 for padded ones, whose gradient is 0 too."""
+    log_probabilities = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_probabilities, batch.examples.labels[:, None], axis=-1)[:, 0]
+    return jnp.where(batch.mask, -chosen, 0)

@@ -1,0 +1,58 @@
+"""Layers with PyTorch's initial weights: convolution and dense."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fedjax_qp.models.convolution import Form, Padding, convolution, convolution_relu_pool
+
+
+def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.Param:
+    """Draws U(±1/√fan_in), for weights and biases alike.
+
+    Source: PyTorch's default for convolution and dense layers, which FedMut's code uses.
+    """
+    bound = fan_in**-0.5
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+
+
+class Dense(nnx.Module):
+    """y = x · kernel + bias; kernel [inputs, outputs]."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.kernel = uniform_fan_in(rngs, (inputs, outputs), inputs)
+        self.bias = uniform_fan_in(rngs, (outputs,), inputs)
+
+    def __call__(self, inputs: Float[Array, "B inputs"]) -> Float[Array, "B outputs"]:
+        return inputs @ self.kernel[...] + self.bias[...]
+
+
+class Convolution(nnx.Module):
+    """Two-dimensional convolution; kernel [size, size, inputs, outputs]."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: Padding = "VALID",
+        bias: bool = True,
+        form: Form = "auto",
+        rngs: nnx.Rngs,
+    ):
+        fan_in = size * size * inputs
+        self.kernel = uniform_fan_in(rngs, (size, size, inputs, outputs), fan_in)
+        self.bias = uniform_fan_in(rngs, (outputs,), fan_in) if bias else None
+        self.stride, self.padding, self.form = stride, padding, form
+
+    def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
+        outputs = convolution(inputs, self.kernel[...], stride=self.stride, padding=self.padding, form=self.form)
+        return outputs if self.bias is None else outputs + self.bias[...]
+
+    def relu_pool(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
+        """Convolution, ReLU and 2 × 2 max-pooling, faster than one after the other; needs stride 1 and a bias."""
+        return convolution_relu_pool(
+            inputs, self.kernel[...], self.bias[...], padding=self.padding, form=self.form
+        )

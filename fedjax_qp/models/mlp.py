@@ -1,0 +1,51 @@
+"""Multilayer perceptron.
+
+Source: McMahan et al., "Communication-efficient learning of deep networks", AISTATS 2017: the "2NN", 200 and 200 hidden.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from fedjax_qp.models.layers import Dense
+from fedjax_qp.models.registry import models
+from fedjax_qp.registry import ConfigurationError
+
+
+class Perceptron(nnx.Module):
+    """Dense layers with ReLU between them."""
+
+    def __init__(self, sizes: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.layers = len(sizes) - 1
+        for number in range(1, self.layers + 1):
+            setattr(self, f"dense{number}", Dense(sizes[number - 1], sizes[number], rngs=rngs))
+
+    def __call__(
+        self, inputs: Float[Array, "B H W C"], mask: Bool[Array, "B"] | None = None, *, train: bool
+    ) -> Float[Array, "B classes"]:
+        outputs = inputs.reshape(inputs.shape[0], -1)
+        for number in range(1, self.layers):
+            outputs = jax.nn.relu(getattr(self, f"dense{number}")(outputs))
+        return getattr(self, f"dense{self.layers}")(outputs)
+
+
+@models.register
+def mlp(
+    input_shape: tuple[int, int, int], classes: int, *, hidden: tuple[int, ...] = (200, 200)
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """Multilayer perceptron on the flattened image.
+
+    Args:
+      input_shape: height, width, channels.
+      classes: number of classes.
+      hidden: sizes of the hidden layers; () is logistic regression.
+
+    Raises:
+      ConfigurationError: a layer has no units.
+    """
+    if any(size < 1 for size in hidden):
+        raise ConfigurationError(f"model 'mlp': hidden = {hidden}; every size must be at least 1. Leave the layer out.")
+    return lambda rngs: Perceptron((math.prod(input_shape), *hidden, classes), rngs=rngs)

@@ -1,0 +1,23 @@
+"""The registry of models, apart from the models themselves so that they can import it."""
+
+from fedjax_qp.registry import ConfigurationError, Registry
+
+models = Registry("model")
+
+
+def require_size(model: str, input_shape: tuple[int, int, int], smallest: int, remedy: str) -> None:
+    """Checks that images are large enough for a model.
+
+    Args:
+      input_shape: height, width, channels.
+      smallest: least height and width.
+      remedy: what to do otherwise.
+
+    Raises:
+      ConfigurationError: the images are too small.
+    """
+    if min(input_shape[:2]) < smallest:
+        raise ConfigurationError(
+            f"model {model!r} needs images of at least {smallest}×{smallest}, but these are "
+            f"{input_shape[0]}×{input_shape[1]}; {remedy}."
+        )

@@ -1,0 +1,157 @@
+"""Host side of a round: which clients take part, which examples each step sees, and which lane runs whom.
+
+Everything here is numpy and a function of (seed, round): a plan does not depend on earlier rounds, so a resumed run makes
+the same plans, and the host makes the next chunk's plan while the device runs the present one.
+
+Clients of one cohort differ widely in size, so they are packed into L lanes, longest first into the emptiest lane, and a
+lane runs its clients one after another. The number of steps of a round is then about total/L instead of the longest.
+"""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from fedjax_qp.config import Local, Participation
+from fedjax_qp.federated import Cohort
+
+IDLE = -1  # a lane without a client, and a padded example
+_COHORT, _BATCHES = 0, 1  # separate streams of random numbers, so that a change of one does not shift the other
+
+
+class Lanes(NamedTuple):
+    """The work of L lanes over R rounds of at most S steps with batches of B. Lanes come first: devices split that axis."""
+
+    slots: Int[np.ndarray, "L R S"]  # position in the cohort, or IDLE
+    local_steps: Int[np.ndarray, "L R S"]  # the client's own step count; 0 is where it starts
+    examples: Int[np.ndarray, "L R S B"]  # indices of training examples; IDLE is padding
+    steps: Int[np.ndarray, "L R"]  # steps in use
+
+
+class Plan(NamedTuple):
+    """One chunk of R rounds, ready for the device."""
+
+    cohorts: Cohort  # arrays [R, M]
+    rows: Int[np.ndarray, "R M"]  # where the cohort's memories lie in the client store
+    lanes: Lanes
+    evaluate: Bool[np.ndarray, "R"]
+    rounds: Int[np.ndarray, ""]  # rounds in use, ≤ R
+
+
+class Workload(NamedTuple):
+    """What is fixed over a run: the clients' examples and the rules of local work."""
+
+    parts: list[np.ndarray]  # per client, indices of its training examples
+    participation: Participation
+    local: Local
+    seed: int
+
+
+def client_steps(size: int, local: Local) -> int:
+    """Local steps of a client: E·ceil(n/B), the last partial batch kept, cut at `local.maximum_steps`."""
+    steps = local.epochs * -(-size // local.batch_size)
+    return steps if local.maximum_steps is None else min(steps, local.maximum_steps)
+
+
+def sample_cohort(work: Workload, round: int) -> Cohort:
+    """Draws M clients without replacement, then which of them drop out or do only part of their work."""
+    settings = work.participation
+    generator = np.random.default_rng((work.seed, round, _COHORT))
+    clients = generator.choice(len(work.parts), settings.cohort, replace=False)
+    sizes = np.array([len(work.parts[client]) for client in clients])
+    steps = np.array([client_steps(size, work.local) for size in sizes])
+    drops, lags = generator.random((2, settings.cohort))
+    partial = np.maximum(1, np.ceil(steps * settings.straggler_work)).astype(steps.dtype)
+    steps = np.where(lags < settings.stragglers, partial, steps)
+    steps = np.where(drops < settings.dropout, 0, steps)
+    return Cohort(clients.astype(np.int32), sizes.astype(np.float32), steps.astype(np.int32))
+
+
+def client_batches(work: Workload, round: int, client: int, steps: int) -> Int[np.ndarray, "S B"]:
+    """Indices of the examples of a client's first `steps` batches; each epoch is a new permutation."""
+    part, size = work.parts[client], work.local.batch_size
+    generator = np.random.default_rng((work.seed, round, _BATCHES, client))
+    per_epoch = -(-len(part) // size)
+    epochs = -(-steps // per_epoch)
+    batches = np.full((epochs, per_epoch * size), IDLE, np.int32)
+    for epoch in range(epochs):
+        batches[epoch, : len(part)] = generator.permutation(part)
+    return batches.reshape(-1, size)[:steps]
+
+
+def pack(steps: Int[np.ndarray, "M"], lanes: int) -> list[list[int]]:
+    """Longest client first into the emptiest lane (Graham 1969, LPT).
+
+    Returns:
+      Per lane, the cohort slots it runs, in order. Clients without steps appear nowhere.
+    """
+    assigned: list[list[int]] = [[] for _ in range(lanes)]
+    emptiest = [(0, lane) for lane in range(lanes)]
+    for slot in np.argsort(-steps, kind="stable"):
+        if steps[slot] > 0:
+            load, lane = heapq.heappop(emptiest)
+            assigned[lane].append(int(slot))
+            heapq.heappush(emptiest, (load + int(steps[slot]), lane))
+    return assigned
+
+
+def longest_lane(steps: Int[np.ndarray, "M"], lanes: int) -> int:
+    """Steps that a round takes on the device."""
+    return max(sum(int(steps[slot]) for slot in lane) for lane in pack(steps, lanes))
+
+
+def steps_bound(work: Workload, lanes: int) -> int:
+    """The most steps any round can take, so that every chunk has the same shape and compiles once.
+
+    List scheduling never exceeds total/L + (1 − 1/L)·longest (Graham 1969); the worst cohort is the M largest clients.
+    """
+    worst = sorted(client_steps(len(part), work.local) for part in work.parts)[-work.participation.cohort :]
+    return max(1, int(sum(worst) / lanes + (1 - 1 / lanes) * worst[-1]))
+
+
+def plan_chunk(
+    work: Workload, first_round: int, rounds: int, *, capacity: int, lanes: int, evaluate_every: int, last_round: int
+) -> Plan:
+    """Plans `rounds` rounds from `first_round` on.
+
+    Args:
+      capacity: R, the chunk's fixed number of rounds; `rounds` ≤ R.
+      evaluate_every: evaluation after each round whose number (from 1) is a multiple of it, and after `last_round`.
+
+    Returns:
+      A plan whose shapes do not depend on the rounds. `rows` equals the clients (a store that holds all of them).
+    """
+    cohort_size, batch, bound = work.participation.cohort, work.local.batch_size, steps_bound(work, lanes)
+    cohorts = Cohort(
+        np.zeros((capacity, cohort_size), np.int32),
+        np.zeros((capacity, cohort_size), np.float32),
+        np.zeros((capacity, cohort_size), np.int32),
+    )
+    work_lanes = Lanes(
+        np.full((lanes, capacity, bound), IDLE, np.int32),
+        np.zeros((lanes, capacity, bound), np.int32),
+        np.full((lanes, capacity, bound, batch), IDLE, np.int32),
+        np.zeros((lanes, capacity), np.int32),
+    )
+    for index in range(rounds):
+        cohort = sample_cohort(work, first_round + index)
+        for whole, part in zip(cohorts, cohort, strict=True):
+            whole[index] = part
+        _fill_lanes(work_lanes, work, cohort, first_round + index, index)
+    numbers = first_round + 1 + np.arange(capacity)
+    evaluate = (numbers % evaluate_every == 0) | (numbers == last_round)
+    return Plan(cohorts, cohorts.clients.copy(), work_lanes, evaluate, np.array(rounds, np.int32))
+
+
+def _fill_lanes(lanes: Lanes, work: Workload, cohort: Cohort, round: int, index: int) -> None:
+    for lane, slots in enumerate(pack(cohort.steps, len(lanes.slots))):
+        position = 0
+        for slot in slots:
+            steps = int(cohort.steps[slot])
+            span = slice(position, position + steps)
+            lanes.slots[lane, index, span] = slot
+            lanes.local_steps[lane, index, span] = np.arange(steps)
+            lanes.examples[lane, index, span] = client_batches(work, round, int(cohort.clients[slot]), steps)
+            position += steps
+        lanes.steps[lane, index] = position

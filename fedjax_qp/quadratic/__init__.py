@@ -1,0 +1,42 @@
+"""The small quadratic programs that keep mutations at an acute angle with the global update.
+
+Source: the nearest acute mutation is FedQP's (SEKE 2024, arXiv 2411.15847); margins, boxes, references and drift are
+our formulation. All four forms work on coefficients: a mutation is (c_1 g_1, …, c_L g_L), and only the layers' shares
+of ‖g‖² (or, for `referenced`, Gram matrices) enter.
+
+| form | problem | solution |
+|---|---|---|
+| `nearest` | nearest mutation in the fan of cosine ≥ margin | closed form known, the solver's fallback |
+| `boxed` | the same inside FedMut's box, for the inner product | closed form known, the solver's fallback |
+| `joint` | the whole cohort, in fan and box, with a given mean coefficient | needs the solver |
+| `referenced` | acute with several reference directions | needs the solver |
+"""
+
+from fedjax_qp.quadratic.geometry import (
+    Geometry,
+    Report,
+    check_drift,
+    check_margin,
+    cosines,
+    geometry,
+    joint_feasible_range,
+    mean_drift,
+)
+from fedjax_qp.quadratic.joint import joint
+from fedjax_qp.quadratic.references import referenced
+from fedjax_qp.quadratic.single import boxed, nearest
+
+__all__ = [
+    "Geometry",
+    "Report",
+    "boxed",
+    "check_drift",
+    "check_margin",
+    "cosines",
+    "geometry",
+    "joint",
+    "joint_feasible_range",
+    "mean_drift",
+    "nearest",
+    "referenced",
+]

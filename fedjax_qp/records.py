@@ -1,0 +1,265 @@
+"""What a run leaves behind: one plain-JSON record per round, in `records.jsonl` and as TensorBoard scalars.
+
+A record is a dict: "round" (from 1), "train_loss", "reporting" (clients), "local_steps" (their sum), every metric of
+the algorithm under its own name, and in rounds with an evaluation "test_loss", "test_accuracy", "class_accuracy" and
+"client_accuracy". A number that is not finite is written as null, so that the file is valid JSON. Nothing in it depends
+on the clock: two runs that compute the same bits write the same bytes.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from tensorboardX import SummaryWriter
+
+from fedjax_qp.plan import Plan
+from fedjax_qp.registry import ConfigurationError
+
+FILE = "records.jsonl"
+_QUANTILES = {"q05": 0.05, "q10": 0.10, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q90": 0.90, "q95": 0.95}
+
+# --- from metrics to records ------------------------------------------------------------------------------------------
+
+
+def chunk_records(
+    metrics: dict[str, np.ndarray], plan: Plan, first_round: int, label_shares: Float[np.ndarray, "K C"]
+) -> list[dict]:
+    """Turns the metrics of one chunk into records.
+
+    Args:
+      metrics: from `Engine.run`, on the host: arrays [R, ...], those named "client/…" [R, M, ...]. Sums over the test
+        set are "test/loss" [R], "test/correct" [R, C] and "test/count" [R, C].
+      plan: the plan that was run; its first `plan.rounds` rows are in use.
+      first_round: number of rounds finished before the chunk.
+      label_shares: share of each class in each client's training examples; rows sum to 1.
+
+    Returns:
+      One record per round in use; see the module docstring. Means over clients leave out those that dropped out.
+    """
+    return [
+        _record(
+            {name: values[index] for name, values in metrics.items()},
+            plan,
+            index,
+            first_round + index + 1,
+            label_shares,
+        )
+        for index in range(int(plan.rounds))
+    ]
+
+
+def nonfinite_clients(metrics: dict[str, np.ndarray], plan: Plan, first_round: int) -> tuple[int, list[int]] | None:
+    """Finds the first round of a chunk in which a reporting client's training loss is not finite.
+
+    Returns:
+      That round's number (from 1) and the clients, or None.
+    """
+    for index in range(int(plan.rounds)):
+        reporting = _reporting(plan, index)
+        broken = reporting & ~np.isfinite(metrics["client/loss"][index])
+        if broken.any():
+            return first_round + index + 1, [int(client) for client in plan.cohorts.clients[index][broken]]
+    return None
+
+
+def rounds_to_reach(records: Iterable[dict], accuracy: float) -> int | None:
+    """The first round whose test accuracy is at least `accuracy` (0 to 1), or None."""
+    for record in records:
+        value = record.get("test_accuracy")
+        if value is not None and value >= accuracy:
+            return record["round"]
+    return None
+
+
+def _reporting(plan: Plan, index: int) -> Bool[np.ndarray, "M"]:
+    return np.asarray(plan.cohorts.steps[index]) > 0
+
+
+def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, label_shares: np.ndarray) -> dict:
+    reporting = _reporting(plan, index)
+    record: dict[str, Any] = {
+        "round": round,
+        "train_loss": None,
+        "reporting": int(reporting.sum()),
+        "local_steps": int(np.sum(plan.cohorts.steps[index])),
+    }
+    for name in sorted(row):  # the order of the keys is part of the file's bytes
+        value = np.asarray(row[name])
+        if name.startswith("client/"):
+            mean = (
+                value[reporting].astype(np.float64).mean(axis=0)
+                if reporting.any()
+                else np.full(value.shape[1:], np.nan)
+            )
+            record["train_loss" if name == "client/loss" else name] = _plain(mean)
+        elif not name.startswith("test/"):
+            record[name] = _plain(value)
+    if bool(plan.evaluate[index]) and "test/count" in row:
+        record |= _test_entries(row, label_shares)
+    return record
+
+
+def _test_entries(row: dict[str, np.ndarray], label_shares: Float[np.ndarray, "K C"]) -> dict:
+    correct, count = (np.asarray(row[f"test/{name}"], np.float64) for name in ("correct", "count"))
+    by_class = _quotient(correct, count)
+    return {
+        "test_loss": _plain(_quotient(np.asarray(row["test/loss"], np.float64), count.sum())),
+        "test_accuracy": _plain(_quotient(correct.sum(), count.sum())),
+        "class_accuracy": _plain(by_class),
+        "client_accuracy": _client_accuracy(by_class, label_shares),
+    }
+
+
+def _client_accuracy(
+    by_class: Float[np.ndarray, "C"], label_shares: Float[np.ndarray, "K C"]
+) -> dict[str, float | None]:
+    """Spread over clients of the accuracy that each would see on test examples in its own mixture of labels.
+
+    It costs no further evaluation, since it only weighs the accuracies of the classes. Classes without test examples
+    are left out of a client's mixture; a client that has no other class is left out.
+    """
+    tested = np.isfinite(by_class)
+    covered = label_shares[:, tested].sum(axis=1)
+    accuracies = _quotient(label_shares[:, tested] @ by_class[tested], covered)
+    accuracies = accuracies[np.isfinite(accuracies)]
+    if not len(accuracies):
+        return dict.fromkeys(("mean", *_QUANTILES, "min"))
+    quantiles = np.quantile(accuracies, list(_QUANTILES.values()))
+    return {
+        "mean": _plain(accuracies.mean()),
+        **{name: _plain(value) for name, value in zip(_QUANTILES, quantiles, strict=True)},
+        "min": _plain(accuracies.min()),
+    }
+
+
+def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Elementwise quotient; NaN where the denominator is not positive."""
+    positive = denominator > 0
+    return np.where(positive, numerator / np.where(positive, denominator, 1), np.nan)
+
+
+def _plain(value: Any) -> Any:
+    """A number or (nested) list that JSON can hold; None where a number is not finite."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Appends records to `folder/records.jsonl` and their scalars to TensorBoard files in `folder/tensorboard`.
+
+    A chunk's records are on the disk when `write` returns, so a checkpoint that is saved afterwards never runs ahead of
+    them. What a killed run wrote beyond its last checkpoint is dropped on resuming.
+    """
+
+    def __init__(self, folder: Path, *, resume_round: int | None = None):
+        """Opens the files; a context manager closes them.
+
+        Args:
+          folder: the run folder, which exists.
+          resume_round: rounds that the checkpoint has finished. Records up to it are kept, all later ones are dropped;
+            None starts afresh, which drops every earlier record.
+        """
+        kept = resume_round or 0
+        path = Path(folder) / FILE
+        lines = [record for record in _parsed(path) if record["round"] <= kept] if kept and path.exists() else []
+        _replace(path, "".join(_line(record) for record in lines))
+        self._file = path.open("a", encoding="utf-8")
+        # Event files are named by the second; the suffix keeps a quick resume from overwriting the file before it.
+        self._board = SummaryWriter(
+            str(Path(folder) / "tensorboard"),
+            purge_step=kept + 1,
+            max_queue=0,  # unbounded: a slow disk does not hold up the run
+            flush_secs=10,
+            filename_suffix=f".after{kept}",
+        )
+
+    def write(self, records: list[dict]) -> None:
+        """Appends the records of one chunk and waits until the disk has them."""
+        self._file.write("".join(_line(record) for record in records))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for record in records:
+            for name, value in _scalars(record):
+                self._board.add_scalar(name, value, record["round"])
+
+    def close(self) -> None:
+        """Closes the files; a second call does nothing."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read(folder: Path) -> list[dict]:
+    """Reads the records of a run; a last line that was cut off when the run was killed is left out.
+
+    Raises:
+      ConfigurationError: the folder is missing, holds no records, or a line before the last is damaged.
+    """
+    path = Path(folder) / FILE
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"{folder} is not a run folder: there is no such folder.")
+    if not path.is_file():
+        raise ConfigurationError(f"{folder} is not a run folder: it has no {FILE}. Give the folder of one run.")
+    return _parsed(path)
+
+
+def _parsed(path: Path) -> list[dict]:
+    """The records in a file. Bytes are split before decoding: a torn line may end inside a character."""
+    lines = path.read_bytes().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or "round" not in record:
+                raise ValueError("not a record")
+        except ValueError:
+            if number == len(lines):
+                break
+            raise ConfigurationError(
+                f"{path}, line {number} is not a record: restore the file or remove the line."
+            ) from None
+        records.append(record)
+    return records
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that at any moment either the old or the new content is there."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _scalars(record: dict) -> list[tuple[str, float]]:
+    """The numbers of a record, those of nested dicts as "outer/inner"; lists and nulls are left out."""
+    found = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found += [(f"{name}/{inner}", number) for inner, number in _scalars(value)]
+        elif isinstance(value, int | float) and name != "round":
+            found.append((name, float(value)))
+    return found

@@ -1,0 +1,183 @@
+"""The loop over chunks: plan on the host, run on the device, hand back the records. For notebooks and for `run`."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int, PyTree
+
+from fedjax_qp.engine import Engine, cut_test_set, make_engine
+from fedjax_qp.experiment import Experiment
+from fedjax_qp.federated import FederatedState, init_state
+from fedjax_qp.plan import Plan, plan_chunk
+from fedjax_qp.records import chunk_records, nonfinite_clients
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training left the finite numbers; the message names the round and the clients."""
+
+
+class Chunk(NamedTuple):
+    """What the loop hands back after each chunk of rounds."""
+
+    state: FederatedState  # on the host; a copy of the caller's own
+    records: list[dict]  # one per round, see `records.chunk_records`
+
+
+def start_engine(experiment: Experiment) -> Engine:
+    """The engine for an experiment."""
+    engine = experiment.config.engine
+    return make_engine(
+        experiment.algorithm,
+        experiment.model,
+        frozen=(),
+        train=experiment.dataset.train,
+        test=cut_test_set(experiment.dataset.test, experiment.config.evaluation.batch_size),
+        seed=experiment.config.seed,
+        parallel=engine.parallel,
+        devices=engine.devices,
+    )
+
+
+def first_state(experiment: Experiment) -> FederatedState:
+    """The state before round 0, on the host."""
+    key = jax.random.fold_in(jax.random.key(experiment.config.seed), 0)
+    params = jax.jit(experiment.model.init)(key)
+    return host_copy(init_state(experiment.algorithm, params, len(experiment.work.parts)))
+
+
+def host_copy(tree: PyTree) -> PyTree:
+    """Copies to numpy. A real copy: on CPU the plain transfer is a view of memory that the next chunk overwrites."""
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+
+def chunk_bounds(first_round: int, rounds: int, rounds_per_chunk: int) -> list[tuple[int, int]]:
+    """(first round, rounds) of each chunk: a fixed function of the round, so that a resumed run runs the same programs."""
+    starts = range(first_round - first_round % rounds_per_chunk, rounds, rounds_per_chunk)
+    if first_round % rounds_per_chunk:
+        raise ValueError(f"round {first_round} is not the end of a chunk of {rounds_per_chunk} rounds")
+    return [(start, min(rounds_per_chunk, rounds - start)) for start in starts]
+
+
+def chunk_plan(experiment: Experiment, lanes: int, first_round: int, rounds: int) -> Plan:
+    """The plan of one chunk of this experiment."""
+    config = experiment.config
+    return plan_chunk(
+        experiment.work,
+        first_round,
+        rounds,
+        capacity=config.engine.rounds_per_chunk,
+        lanes=lanes,
+        evaluate_every=config.evaluation.every,
+        last_round=config.rounds,
+    )
+
+
+def simulate(experiment: Experiment, state: FederatedState | None = None) -> Iterator[Chunk]:
+    """Runs an experiment from `state` (default: from the beginning) to its last round.
+
+    Args:
+      experiment: with `engine.lanes` a number (see `lanes.choose_lanes` for "auto").
+      state: as handed back by an earlier chunk.
+
+    Yields:
+      One `Chunk` per program call.
+
+    Raises:
+      NonFiniteLoss: some client's training loss was not finite; the chunk is not handed back.
+    """
+    config = experiment.config
+    lanes = config.engine.lanes
+    if lanes == "auto":
+        raise ValueError("engine.lanes is 'auto'; choose_lanes(experiment) turns it into a number")
+    state = first_state(experiment) if state is None else host_copy(state)
+    engine = start_engine(experiment)
+    bounds = chunk_bounds(int(state.round), config.rounds, config.engine.rounds_per_chunk)
+    shares = experiment.counts / experiment.counts.sum(1, keepdims=True)
+    plan_of = partial(chunk_plan, experiment, lanes)
+    if config.engine.client_store == "host":
+        store: ClientStore = HostStore(state.clients, config.engine.rounds_per_chunk * config.participation.cohort)
+    else:
+        store = ClientStore()
+    def launch(device_state: FederatedState, plan: Plan) -> tuple[FederatedState, dict]:
+        device_state, local_plan = store.load(engine, device_state, plan)
+        return engine.run(device_state, engine.place_plan(local_plan))
+
+    def checked(metrics: dict, plan: Plan, first_round: int) -> list[dict]:
+        broken = nonfinite_clients(metrics, plan, first_round)
+        if broken is not None:
+            raise NonFiniteLoss(
+                f"the training loss is not finite in round {broken[0]}, clients {broken[1]}: lower local.learning_rate "
+                f"(now {config.local.learning_rate}), the mutation's length, or set local.clip_norm."
+            )
+        return chunk_records(metrics, plan, first_round, shares)
+
+    if not bounds:
+        return
+    plan = plan_of(*bounds[0])
+    device_state, metrics = launch(engine.place_state(store.take_out(state)), plan)
+    for (first_round, _), following in zip(bounds, [*bounds[1:], None], strict=True):
+        next_plan = plan_of(*following) if following else None  # while the device works
+        records = checked(jax.device_get(metrics), plan, first_round)
+        finished = store.put_back(device_state, plan)
+        if next_plan is not None:  # the device goes on while the caller writes records and checkpoints
+            device_state, metrics = launch(device_state, next_plan)
+            plan = next_plan
+        yield Chunk(finished, records)
+
+
+class ClientStore:
+    """Client memories stay on the device, all of them."""
+
+    def take_out(self, state: FederatedState) -> FederatedState:
+        """The part of a state that lies on the device between chunks."""
+        return state
+
+    def load(self, engine: Engine, state: FederatedState, plan: Plan) -> tuple[FederatedState, Plan]:
+        """Adds the memories that a plan needs."""
+        return state, plan
+
+    def put_back(self, state: FederatedState, plan: Plan) -> FederatedState:
+        """The whole state on the host, after the plan was run."""
+        return host_copy(state)
+
+
+class HostStore(ClientStore):
+    """Client memories stay on the host; the device sees only the rows that a chunk uses."""
+
+    def __init__(self, memories: PyTree, most_rows: int):
+        self.memories = memories
+        clients = [len(leaf) for leaf in jax.tree.leaves(memories)]
+        self.capacity = min([most_rows, *clients])
+
+    def take_out(self, state: FederatedState) -> FederatedState:
+        return state._replace(clients=self._rows(np.zeros(self.capacity, np.int64)))
+
+    def load(self, engine: Engine, state: FederatedState, plan: Plan) -> tuple[FederatedState, Plan]:
+        used = self._used(plan)
+        fixed_number = np.resize(used, self.capacity)  # repeats rows: shapes must not depend on the plan
+        rows = np.searchsorted(used, plan.cohorts.clients).astype(np.int32)
+        clients = engine.place_state(self._rows(fixed_number))
+        return state._replace(clients=clients), plan._replace(rows=np.minimum(rows, len(used) - 1))
+
+    def put_back(self, state: FederatedState, plan: Plan) -> FederatedState:
+        used = self._used(plan)
+        new = host_copy(state.clients)
+        for whole, rows in zip(jax.tree.leaves(self.memories), jax.tree.leaves(new), strict=True):
+            whole[used] = rows[: len(used)]
+        return host_copy(state._replace(clients=self.memories))
+
+    def _used(self, plan: Plan) -> Int[np.ndarray, "U"]:
+        return np.unique(plan.cohorts.clients[: int(plan.rounds)])
+
+    def _rows(self, clients: Int[np.ndarray, "U"]) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[clients], self.memories)
+
+
+def with_lanes(experiment: Experiment, lanes: int) -> Experiment:
+    """The same experiment with a fixed number of lanes."""
+    engine = dataclasses.replace(experiment.config.engine, lanes=lanes)
+    return experiment._replace(config=dataclasses.replace(experiment.config, engine=engine))

@@ -1,0 +1,322 @@
+"""Laws of partitions, and FedMut's Dirichlet rule against a plain implementation of it."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_qp.data import Dataset, Examples, check_partition, label_counts, partitions, sources, summary
+from fedjax_qp.data.partition import _draw_counts
+from fedjax_qp.registry import ConfigurationError
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+SPLITS = SHARED / "splits" / "fedmut"
+
+
+def labelled(labels, classes=10, client_ids=None):
+    """A data set whose images are blank: partitions look at labels only."""
+    labels = np.asarray(labels, np.int32)
+    blank = np.zeros((len(labels), 1, 1, 1), np.uint8)
+    return Dataset(Examples(blank, labels), Examples(blank[:1], labels[:1]), classes, client_ids=client_ids)
+
+
+def balanced(examples=4000, classes=10, seed=0):
+    return labelled(np.random.default_rng(seed).permutation(np.arange(examples) % classes), classes)
+
+
+OPTIONS = {
+    "iid": {"clients": 30},
+    "dirichlet": {"clients": 30, "beta": 0.3, "minimum": 5},
+    "shards": {"clients": 30, "shards_per_client": 2},
+    "natural": {},
+    "json_file": {},
+}
+
+
+@pytest.fixture
+def any_case(request, tmp_path):
+    """A data set that every partition can work on, and the options of the one asked for."""
+    labels = balanced().train.labels
+    dataset = labelled(labels, client_ids=np.random.default_rng(1).integers(100, 130, len(labels)))
+    options = dict(OPTIONS[request.param])
+    if request.param == "json_file":
+        parts = np.array_split(np.random.default_rng(2).permutation(len(labels)), 30)
+        path = tmp_path / "split.json"
+        path.write_text(json.dumps({"train_data": {str(k): part.tolist() for k, part in enumerate(parts)}}))
+        options["path"] = str(path)
+    return dataset, request.param, options
+
+
+def test_every_partition_is_under_test():
+    assert sorted(OPTIONS) == partitions.names()
+
+
+@pytest.mark.parametrize("any_case", OPTIONS, indirect=True)
+def test_disjoint_complete_sorted_and_deterministic(any_case):
+    dataset, name, options = any_case
+    first, again, other = (partitions.build(name, dataset, np.random.default_rng(s), **options) for s in (7, 7, 8))
+    assert len(first) == 30
+    np.testing.assert_array_equal(np.sort(np.concatenate(first)), np.arange(4000))
+    for part, same in zip(first, again, strict=True):
+        np.testing.assert_array_equal(part, same)
+        assert part.dtype == np.int64 and (np.diff(part) > 0).all()
+    drawn = any(len(a) != len(b) or (a != b).any() for a, b in zip(first, other, strict=True))
+    assert drawn == (name not in ("natural", "json_file"))
+
+
+def test_iid_sizes_differ_by_one_and_labels_are_mixed():
+    parts = partitions.build("iid", balanced(4003), np.random.default_rng(0), clients=20)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) == 1
+    # 200 examples drawn without replacement: about 20 ± 4.2 of each of 10 classes.
+    assert (label_counts(parts, balanced(4003).train.labels, 10) > 2).all()
+
+
+# ---- Dirichlet ------------------------------------------------------------------------------------------------------
+
+
+def plain_dirichlet(labels, classes, rng, clients, beta, minimum):
+    """FedMut's rule example by example, consuming the same draws."""
+    total = len(labels)
+    while True:
+        shares = [rng.dirichlet([beta] * clients) for _ in range(classes)]
+        amounts = [[0] * clients for _ in range(classes)]
+        void = False
+        for label in range(classes):
+            held = [sum(amounts[c][k] for c in range(label)) for k in range(clients)]
+            share = [0.0 if held[k] >= total / clients else shares[label][k] for k in range(clients)]
+            whole = 0.0
+            for item in share:  # not sum(), which compensates rounding from Python 3.12 on
+                whole += item
+            if whole == 0:
+                void = True
+                break
+            size = sum(1 for item in labels if item == label)
+            reached, begin = 0.0, 0
+            for k in range(clients):
+                reached += share[k]
+                end = int(reached / whole * size)
+                amounts[label][k] = end - begin
+                begin = end
+        if not void and min(sum(amounts[c][k] for c in range(classes)) for k in range(clients)) >= minimum:
+            break
+    parts = [[] for _ in range(clients)]
+    for label in range(classes):
+        waiting = list(rng.permutation([i for i in range(total) if labels[i] == label]))
+        for k in range(clients):
+            parts[k] += waiting[: amounts[label][k]]
+            waiting = waiting[amounts[label][k] :]
+    return [sorted(part) for part in parts]
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 5.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_dirichlet_equals_the_plain_implementation(beta, seed):
+    dataset = labelled(np.random.default_rng(seed).choice(6, 900, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1]), 6)
+    options = {"clients": 12, "beta": beta, "minimum": 4}
+    ours = partitions.build("dirichlet", dataset, np.random.default_rng(seed), **options)
+    plain = plain_dirichlet(dataset.train.labels.tolist(), 6, np.random.default_rng(seed), 12, beta, 4)
+    assert [part.tolist() for part in ours] == plain
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    clients=st.integers(1, 20),
+    classes=st.integers(1, 8),
+    beta=st.floats(0.2, 50),
+    minimum=st.integers(1, 5),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_dirichlet_laws(clients, classes, beta, minimum, seed):
+    dataset = balanced(1000, classes, seed)
+    options = {"clients": clients, "beta": beta, "minimum": minimum}
+    parts = partitions.build("dirichlet", dataset, np.random.default_rng(seed), **options)
+    assert min(len(part) for part in parts) >= minimum
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(1000))
+    # A client is full once it holds N / K, so before its last class it held less than that.
+    counts = label_counts(parts, dataset.train.labels, classes)
+    for row in counts:
+        assert row[: np.flatnonzero(row)[-1]].sum() < 1000 / clients
+
+
+def test_dirichlet_share_statistics():
+    """With one class and no redraw, shares are Dirichlet: mean 1/K and variance (1/K)(1 − 1/K)/(Kβ + 1)."""
+    clients, beta, repeats = 5, 0.7, 4000
+    rng = np.random.default_rng(0)
+    dataset = labelled(np.zeros(100_000), 1)
+    shares = np.stack([_draw_counts(np.array([100_000]), rng, clients, beta)[0] for _ in range(repeats)]) / 100_000
+    np.testing.assert_allclose(shares.mean(axis=0), 1 / clients, atol=0.02)
+    np.testing.assert_allclose(shares.var(axis=0), 0.2 * 0.8 / (clients * beta + 1), rtol=0.1)
+    assert len(partitions.build("dirichlet", dataset, rng, clients=clients, beta=beta)) == clients
+
+
+def test_dirichlet_is_fast_at_the_paper_scale():
+    """50,000 examples, 100 clients, beta 0.1, which needs redraws."""
+    dataset = balanced(50_000)
+    begin = time.perf_counter()
+    parts = partitions.build("dirichlet", dataset, np.random.default_rng(0), clients=100, beta=0.1)
+    assert time.perf_counter() - begin < 3
+    assert min(len(part) for part in parts) >= 10
+
+
+def test_dirichlet_gives_up_with_what_it_tried():
+    begin = time.perf_counter()
+    with pytest.raises(ConfigurationError, match=r"1000 draws of beta = 0.01 over 100 .*minimum = 10.*Lower"):
+        partitions.build("dirichlet", balanced(2000), np.random.default_rng(0), beta=0.01)
+    assert time.perf_counter() - begin < 10
+
+
+@pytest.mark.parametrize("beta", [1e-4, 1e6])
+def test_dirichlet_extremes_stay_finite(beta):
+    dataset = balanced(2000)
+    parts = partitions.build("dirichlet", dataset, np.random.default_rng(0), clients=2, beta=beta, minimum=1)
+    assert sum(len(part) for part in parts) == 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("iid", {"clients": 0}, "clients = 0 must be between 1 and 4000"),
+        ("iid", {"clients": 4001}, "clients = 4001"),
+        ("dirichlet", {"beta": 0.0}, "beta = 0.0 must be a finite number above 0"),
+        ("dirichlet", {"beta": -1}, "beta = -1"),
+        ("dirichlet", {"beta": float("nan")}, "beta = nan"),
+        ("dirichlet", {"minimum": 41}, "minimum = 41 must be between 1 and 40"),
+        ("dirichlet", {"minimum": 0}, "minimum = 0"),
+        ("dirichlet", {"attempts": 0}, "attempts = 0"),
+        ("dirichlet", {"clients": -3}, "clients = -3"),
+        ("shards", {"shards_per_client": 0}, "shards_per_client = 0"),
+        ("shards", {"shards_per_client": 41}, "between 1 and 40"),
+        ("natural", {}, "needs a data source that knows its clients"),
+        ("dirichlett", {}, "did you mean dirichlet"),
+        ("dirichlet", {"betta": 1}, "did you mean beta"),
+    ],
+)
+def test_impossible_options_are_explained(name, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        partitions.build(name, balanced(), np.random.default_rng(0), **options)
+
+
+# ---- shards and natural clients -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards_per_client", [1, 2, 3])
+def test_shards_limit_the_classes(shards_per_client):
+    dataset = balanced(6000)
+    options = {"clients": 100, "shards_per_client": shards_per_client}
+    parts = partitions.build("shards", dataset, np.random.default_rng(0), **options)
+    # 6000 / (100 s) divides the 600 examples of a class: no shard spans two.
+    counts = label_counts(parts, dataset.train.labels, 10)
+    assert ((counts > 0).sum(axis=1) <= shards_per_client).all()
+    assert (counts.sum(axis=1) == 60).all()
+
+
+def test_shards_across_class_boundaries():
+    dataset = balanced(1000)
+    parts = partitions.build("shards", dataset, np.random.default_rng(0), clients=7, shards_per_client=2)
+    assert max(len(part) for part in parts) - min(len(part) for part in parts) <= 2
+    assert ((label_counts(parts, dataset.train.labels, 10) > 0).sum(axis=1) <= 4).all()
+
+
+def test_natural_groups_by_id_and_leaves_out_small_clients():
+    dataset = labelled([0, 1, 0, 1, 2, 2], 3, client_ids=np.array([30, 10, 30, 10, 20, 30]))
+    rng = np.random.default_rng(0)
+    assert [part.tolist() for part in partitions.build("natural", dataset, rng)] == [[1, 3], [4], [0, 2, 5]]
+    assert [part.tolist() for part in partitions.build("natural", dataset, rng, minimum=2)] == [[1, 3], [0, 2, 5]]
+    with pytest.raises(ConfigurationError, match="minimum = 4 leaves out all 3 clients; the largest has 3"):
+        partitions.build("natural", dataset, rng, minimum=4)
+
+
+# ---- split files ----------------------------------------------------------------------------------------------------
+
+
+def from_json(tmp_path, content, examples=6, **options):
+    path = tmp_path / "split.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    dataset = labelled(np.arange(examples) % 2, 2)
+    return partitions.build("json_file", dataset, np.random.default_rng(0), path=str(path), **options)
+
+
+def test_json_file_orders_clients_by_number(tmp_path):
+    lists = {str(k): [k] for k in reversed(range(11))} | {"2": [11, 2]}
+    parts = from_json(tmp_path, {"num_users": 11, "train_data": lists}, 12)
+    assert [part.tolist() for part in parts] == [[0], [1], [2, 11], *([k] for k in range(3, 11))]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{not json", "cannot be read as JSON"),
+        ([1, 2], "needs an entry `train_data`"),
+        ({"train_data": {"a": [0]}}, "needs an entry `train_data`"),
+        ({"train_data": {}}, "needs an entry `train_data`"),
+        ({"train_data": {"0": [0, 1, 2], "1": [3, 4, 6]}}, r"does not fit the data.*client 1 has the index 6.*size 6"),
+        ({"train_data": {"0": [0, 1, -1], "1": [3, 4, 5]}}, r"does not fit the data.*client 0 has the index -1"),
+        ({"train_data": {"0": [0, 1, 2], "1": [2, 3, 4, 5]}}, "example 2 is used 2 times"),
+        ({"train_data": {"0": [0, 1], "1": [3, 4, 5]}}, "1 of 6 training examples belong to no client, the first is 2"),
+        ({"train_data": {"0": [0, 1, 2, 3, 4, 5], "1": []}}, "client 1 has no examples"),
+        ({"train_data": {"0": [0, 1.5]}}, "client 0 .* whole numbers"),
+        ({"train_data": {"0": [0, True]}}, "client 0 .* whole numbers"),
+        ({"train_data": {"0": [0, 1], "2": [2, 3, 4, 5]}}, "without a gap"),
+        ({"num_users": 3, "train_data": {"0": [0, 1], "1": [2, 3, 4, 5]}}, "states 3 clients but lists 2"),
+    ],
+)
+def test_json_file_that_does_not_fit(tmp_path, content, message):
+    with pytest.raises(ConfigurationError, match=message):
+        from_json(tmp_path, content)
+
+
+def test_json_file_may_leave_examples_out_on_purpose(tmp_path):
+    content = {"train_data": {"0": [0, 1], "1": [3]}}
+    assert [part.tolist() for part in from_json(tmp_path, content, complete=False)] == [[0, 1], [3]]
+    with pytest.raises(ConfigurationError, match="complete = false"):
+        from_json(tmp_path, content)
+
+
+def test_missing_json_file():
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        partitions.build("json_file", balanced(), np.random.default_rng(0), path="nowhere.json")
+
+
+def test_check_partition_accepts_what_fits():
+    dataset = balanced(10)
+    parts = [np.array([0, 3]), np.array([9])]
+    assert check_partition(parts, dataset) is parts
+    for bad in ([], [np.array([], np.int64)], [np.array([10])], [np.array([1]), np.array([1])]):
+        with pytest.raises(ConfigurationError):
+            check_partition(bad, dataset)
+
+
+# Mean number of classes a client, measured once in the published files against CIFAR-10's training labels in original
+# order. Against any other order every client of several hundred examples would have nearly all 10 classes.
+@pytest.mark.parametrize(
+    ("name", "classes_per_client"),
+    [("noniidCase5_beta0.1", 4.17), ("noniidCase5_beta0.5", 8.21), ("noniidCase5_beta1.0", 9.0), ("iid", 10.0)],
+)
+def test_published_splits_of_fedmut(name, classes_per_client):
+    folder = os.environ.get("TFDS_DATA_DIR") or str(SHARED / "tfds")
+    if not (Path(folder) / "cifar10").is_dir() or not SPLITS.is_dir():
+        pytest.skip("needs CIFAR-10, prepared by tensorflow-datasets, and FedMut's published splits")
+    dataset = sources.build("cifar10", folder=folder)
+    labels = np.asarray(dataset.train.labels)
+    path = str(SPLITS / f"cifar10_100_{name}.json")
+    parts = partitions.build("json_file", dataset, np.random.default_rng(0), path=path)
+    assert len(parts) == 100 and sum(len(part) for part in parts) == 50_000
+    counts = label_counts(parts, labels, 10)
+    assert (counts > 0).sum(axis=1).mean() == pytest.approx(classes_per_client, abs=0.005)
+    if name == "iid":
+        return
+    # The published files follow the rule that `dirichlet` implements: same evenness, up to the luck of the draw.
+    beta = float(name.rpartition("beta")[2])
+    drawn = partitions.build("dirichlet", dataset, np.random.default_rng(0), beta=beta)
+    theirs, ours = summary(counts), summary(label_counts(drawn, labels, 10))
+    assert ours.total_variation == pytest.approx(theirs.total_variation, abs=0.05)
+    assert ours.effective_classes == pytest.approx(theirs.effective_classes, rel=0.12)
+    if beta == 0.1:
+        shuffled = label_counts(parts, np.random.default_rng(0).permutation(labels), 10)
+        assert (shuffled > 0).sum(axis=1).mean() > 9

@@ -1,0 +1,204 @@
+"""Records against numbers worked out by hand, and run folders after a kill."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from fedjax_qp import records
+from fedjax_qp.federated import Cohort
+from fedjax_qp.plan import Lanes, Plan
+from fedjax_qp.records import Recorder, chunk_records, nonfinite_clients
+from fedjax_qp.registry import ConfigurationError
+
+SHARES = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]])  # four clients, two classes
+
+
+def made_plan(rounds: int = 2) -> Plan:
+    """Three rounds of room, cohorts of three; client 7 drops out of the first round, all of the second."""
+    clients = np.array([[5, 7, 9], [1, 2, 3], [0, 0, 0]], np.int32)
+    steps = np.array([[4, 0, 2], [0, 0, 0], [0, 0, 0]], np.int32)
+    nothing = np.zeros((1, 3, 1), np.int32)
+    lanes = Lanes(nothing, nothing, nothing[..., None], nothing[..., 0])
+    evaluate = np.array([True, False, True])
+    cohorts = Cohort(clients, np.ones((3, 3), np.float32), steps)
+    return Plan(cohorts, clients, lanes, evaluate, np.array(rounds, np.int32))
+
+
+def made_metrics() -> dict[str, np.ndarray]:
+    return {
+        "client/loss": np.array([[1.0, np.nan, 3.0], [9.0, 9.0, 9.0], [0.0, 0.0, 0.0]], np.float32),
+        "client/update_norm": np.array([[0.5, 100.0, 1.5], [9.0, 9.0, 9.0], [0.0, 0.0, 0.0]], np.float32),
+        "mutation/drift": np.array([0.25, np.inf, 0.0], np.float32),
+        "mutation/cosine_after": np.array([[0.5, np.nan, 1.0]] * 3, np.float32),
+        "qp/iterations": np.array([7, 8, 0], np.int32),
+        "test/loss": np.array([20.0, 0.0, 0.0], np.float32),
+        "test/correct": np.array([[8.0, 6.0], [0.0, 0.0], [0.0, 0.0]], np.float32),
+        "test/count": np.array([[10.0, 30.0], [0.0, 0.0], [0.0, 0.0]], np.float32),
+    }
+
+
+def test_record_of_an_evaluated_round_with_a_dropout():
+    first, _ = chunk_records(made_metrics(), made_plan(), 10, SHARES)
+    assert first["round"] == 11
+    assert first["train_loss"] == 2.0  # (1 + 3) / 2, without the dropped client
+    assert (first["reporting"], first["local_steps"]) == (2, 6)
+    assert first["client/update_norm"] == 1.0
+    assert first["mutation/drift"] == 0.25
+    assert first["mutation/cosine_after"] == [0.5, None, 1.0]
+    assert first["qp/iterations"] == 7
+    assert first["test_loss"] == 0.5  # 20 / 40
+    assert first["test_accuracy"] == pytest.approx(14 / 40)  # not the mean over classes, 0.5
+    assert first["class_accuracy"] == pytest.approx([0.8, 0.2])
+
+
+def test_client_accuracy_weighs_classes_by_each_clients_labels():
+    first, _ = chunk_records(made_metrics(), made_plan(), 10, SHARES)
+    spread = first["client_accuracy"]  # clients: 0.8, 0.2, 0.5, 0.35
+    assert list(spread) == ["mean", "q05", "q10", "q25", "q50", "q75", "q90", "q95", "min"]
+    assert spread["mean"] == pytest.approx(0.4625)
+    assert spread["min"] == pytest.approx(0.2)
+    assert spread["q50"] == pytest.approx(0.425)
+    assert spread["q10"] == pytest.approx(0.245)  # a tenth of the way through 3 gaps: 0.2 + 0.3·0.15
+
+
+def test_client_accuracy_leaves_out_classes_without_test_examples():
+    metrics = made_metrics()
+    metrics["test/correct"][0], metrics["test/count"][0] = [8, 0], [10, 0]
+    first, _ = chunk_records(metrics, made_plan(), 0, SHARES)
+    assert first["class_accuracy"] == [pytest.approx(0.8), None]
+    assert first["client_accuracy"]["min"] == pytest.approx(0.8)  # client 1 holds only the untested class
+    metrics["test/count"][0] = 0
+    first, _ = chunk_records(metrics, made_plan(), 0, SHARES)
+    assert first["test_accuracy"] is None
+    assert set(first["client_accuracy"].values()) == {None}
+
+
+def test_round_without_reports_and_evaluation():
+    _, second = chunk_records(made_metrics(), made_plan(), 10, SHARES)
+    assert second["round"] == 12
+    assert second["train_loss"] is None
+    assert (second["reporting"], second["local_steps"]) == (0, 0)
+    assert second["mutation/drift"] is None  # infinite
+    assert not [name for name in second if name.startswith(("test", "class", "client_"))]
+
+
+def test_records_are_plain_json_and_only_of_rounds_in_use():
+    for rounds in (0, 1, 2):
+        made = chunk_records(made_metrics(), made_plan(rounds), 0, SHARES)
+        assert len(made) == rounds
+        assert json.loads(json.dumps(made, allow_nan=False)) == made
+
+
+def test_nonfinite_clients_are_named_unless_they_dropped_out():
+    metrics = made_metrics()
+    assert nonfinite_clients(metrics, made_plan(), 10) is None
+    metrics["client/loss"][0, 2] = np.inf
+    assert nonfinite_clients(metrics, made_plan(), 10) == (11, [9])
+    assert nonfinite_clients(metrics, made_plan(0), 10) is None
+
+
+def test_rounds_to_reach():
+    made = [{"round": 1, "test_accuracy": 0.5}, {"round": 2}, {"round": 3, "test_accuracy": 0.7}]
+    assert records.rounds_to_reach(made, 0.5) == 1
+    assert records.rounds_to_reach(made, 0.6) == 3
+    assert records.rounds_to_reach(made, 0.8) is None
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def made_records(first: int, last: int) -> list[dict]:
+    return [{"round": n, "train_loss": 1 / n, "mutation/cosine_after": [1.0, None]} for n in range(first, last + 1)]
+
+
+def rounds(folder: Path) -> list[int]:
+    return [record["round"] for record in records.read(folder)]
+
+
+def test_written_records_are_read_back(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        assert records.read(tmp_path) == []
+        recorder.write(made_records(1, 3))
+        assert records.read(tmp_path) == made_records(1, 3)  # on the disk before the file is closed
+        recorder.write([])
+        recorder.write(made_records(4, 5))
+    recorder.close()  # again: harmless
+    assert records.read(tmp_path) == made_records(1, 5)
+
+
+def test_same_records_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with Recorder(tmp_path / name) as recorder:
+            recorder.write(chunk_records(made_metrics(), made_plan(), 0, SHARES))
+    assert (tmp_path / "a" / records.FILE).read_bytes() == (tmp_path / "b" / records.FILE).read_bytes()
+
+
+@pytest.mark.parametrize("torn", ['{"round": 6, "train_lo', '{"round": 6, "name": "é'.encode()[:-1], "6", b"\xff"])
+def test_torn_last_line_is_left_out(tmp_path, torn):
+    with Recorder(tmp_path) as recorder:
+        recorder.write(made_records(1, 5))
+    with (tmp_path / records.FILE).open("ab") as file:
+        file.write(torn if isinstance(torn, bytes) else torn.encode())
+    assert rounds(tmp_path) == [1, 2, 3, 4, 5]
+    with Recorder(tmp_path, resume_round=5) as recorder:
+        recorder.write(made_records(6, 6))
+    assert rounds(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_drops_what_the_checkpoint_does_not_hold(tmp_path):
+    with Recorder(tmp_path) as recorder:
+        recorder.write(made_records(1, 8))
+    whole = (tmp_path / records.FILE).read_bytes()
+    with Recorder(tmp_path, resume_round=5) as recorder:
+        assert rounds(tmp_path) == [1, 2, 3, 4, 5]
+        recorder.write(made_records(6, 8))
+    assert (tmp_path / records.FILE).read_bytes() == whole
+    with Recorder(tmp_path):  # no checkpoint: from the beginning
+        assert rounds(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [records.FILE]
+
+
+def test_damage_before_the_last_line_is_an_error(tmp_path):
+    (tmp_path / records.FILE).write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+    with pytest.raises(ConfigurationError, match="line 2"):
+        records.read(tmp_path)
+
+
+def test_not_a_run_folder(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"no records\.jsonl"):
+        records.read(tmp_path)
+    with pytest.raises(ConfigurationError, match="no such folder"):
+        records.read(tmp_path / "absent")
+
+
+def events(path: Path) -> list[Event]:
+    """Events of a TensorBoard file: length (8 bytes), checksum (4), event, checksum (4), and so on."""
+    data, found = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        found.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_holds_the_scalars_and_purges_on_resume(tmp_path):
+    nested = {
+        "round": 1,
+        "train_loss": 2.0,
+        "test_loss": None,
+        "client_accuracy": {"q10": 0.5},
+        "class_accuracy": [1.0],
+    }
+    with Recorder(tmp_path) as recorder:
+        recorder.write([nested])
+    with Recorder(tmp_path, resume_round=1) as recorder:  # within the same second: another file all the same
+        recorder.write(made_records(2, 2))
+    first, second = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name[-1])
+    scalars = [(event.step, value.tag, value.simple_value) for event in events(first) for value in event.summary.value]
+    assert scalars == [(1, "train_loss", 2.0), (1, "client_accuracy/q10", 0.5)]
+    starts = [event.step for event in events(second) if event.HasField("session_log")]
+    assert starts == [2]
