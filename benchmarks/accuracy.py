@@ -74,6 +74,8 @@ def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
     """Runs the settings of every tuned method; returns the best of each and keeps all scores in a file."""
     chosen, scores = {}, []
     for method, settings in TUNE.items():
+        if arguments.methods and method not in arguments.methods:
+            continue
         folders = {
             setting: complete(configure(arguments, "tune", f"{method}{index}", setting, seed), console)
             for index, setting in enumerate(settings)
@@ -147,7 +149,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/cifar10_lenet_0.1.yaml"))
     parser.add_argument("--rounds", type=int, help="instead of the phase's own number")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the phase's own seeds")
-    parser.add_argument("--methods", nargs="+", help="only these of the comparison")
+    parser.add_argument("--methods", nargs="+", help="only these of the comparison or the tuning")
     parser.add_argument("overrides", nargs="*", help="settings to change in all runs")
     arguments = parser.parse_intermixed_args()
     arguments.only_report = arguments.phase == "report"

@@ -173,6 +173,8 @@ def _override(values: dict[str, Any], override: str) -> None:
     if key in PARTS and isinstance(value, str):
         folders, last = [key], "name"
     for folder in folders:
+        if folder in PARTS and isinstance(values.get(folder), str):
+            values[folder] = {"name": values[folder]}
         values = values.setdefault(folder, {})
         if not isinstance(values, dict):
             raise ConfigurationError(f"override {override!r}: {folder!r} is a single value and has no parts.")

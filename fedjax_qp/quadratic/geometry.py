@@ -8,12 +8,26 @@ Source: fan and nearest acute mutation: FedQP (SEKE 2024, arXiv 2411.15847). Mar
 formulation.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_qp.registry import ConfigurationError
+
+
+def full_precision(function: Callable) -> Callable:
+    """Decorator: accelerators round the factors of a float32 matrix product to 10 bits or fewer unless asked not to."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*arguments, **options)
+
+    return wrapped
 
 
 class Geometry(NamedTuple):
@@ -40,6 +54,7 @@ def geometry(squared_norms: Float[Array, "L"]) -> Geometry:
     return Geometry(jnp.where(total > 0, squared_norms / jnp.where(total > 0, total, 1), 0))
 
 
+@full_precision
 def cosines(coefficients: Float[Array, "M L"], shares: Float[Array, "L"]) -> Float[Array, "M"]:
     """Cosine of the angle between each mutation and the global update; 0 where either is zero."""
     squared_lengths = jnp.square(coefficients) @ shares

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fedjax_qp.quadratic.geometry import Report, accepted_residual, prepared
+from fedjax_qp.quadratic.geometry import Report, accepted_residual, full_precision, prepared
 from fedjax_qp.quadratic.solver import STABILISER, Structure, minimise
 
 PENALTY = 2.0  # first ρ
@@ -41,6 +41,7 @@ class _Recovered(NamedTuple):
     residual: Float[Array, ""]
 
 
+@full_precision
 def joint(
     signs: Float[Array, "M L"],
     shares: Float[Array, "L"],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fedjax_qp.quadratic.geometry import Report, accepted_residual, prepared
+from fedjax_qp.quadratic.geometry import Report, accepted_residual, full_precision, prepared
 from fedjax_qp.quadratic.solver import STABILISER, Structure, minimise
 
 PENALTY_RANGE = (1e-4, 1e3)  # the eigenvalues of nearly parallel references spread far
@@ -25,6 +25,7 @@ class _Spectrum(NamedTuple):
     values: Float[Array, "R"]
 
 
+@full_precision
 def referenced(
     gram: Float[Array, "R R"],
     projections: Float[Array, "M R"],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from fedjax_qp.quadratic.geometry import Report, accepted_residual, prepared
+from fedjax_qp.quadratic.geometry import Report, accepted_residual, full_precision, prepared
 from fedjax_qp.quadratic.solver import STABILISER, Structure, minimise
 
 # Settings of the solver. With a single constraint a fixed ρ contracts evenly, and over-relaxation only slows it down.
@@ -19,6 +19,7 @@ UNBOXED = {"penalty": 2.0, "penalty_range": (2.0, 2.0), "relaxation": 1.0}
 BOXED = {"penalty": 1.0}
 
 
+@full_precision
 def nearest(
     signs: Float[Array, "M L"],
     shares: Float[Array, "L"],
@@ -61,6 +62,7 @@ def nearest(
     return alpha * jnp.where(active[:, None], signs + multiplier[:, None], 0), report
 
 
+@full_precision
 def boxed(
     signs: Float[Array, "M L"],
     shares: Float[Array, "L"],
