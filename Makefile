@@ -33,10 +33,10 @@ test-slow: $(VENV)/with-test
 test-oracles: $(VENV)/with-test $(VENV)/with-oracle
 	$(BIN)/python -m pytest -m oracle
 
-lint: $(VENV)/with-lint
+lint: $(VENV)/with-test $(VENV)/with-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 clean:
 	rm -rf $(VENV) runs

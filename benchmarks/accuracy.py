@@ -12,6 +12,7 @@ last five evaluations is taken. Finished runs are kept, interrupted ones are con
 """
 
 import argparse
+import contextlib
 import csv
 import json
 from pathlib import Path
@@ -22,7 +23,8 @@ from fedjax_qp import compare as comparison
 from fedjax_qp import config as configuration
 from fedjax_qp import records
 from fedjax_qp.plots import plot_comparison
-from fedjax_qp.run import resume, run
+from fedjax_qp.run import FAILURE, resume, run
+from fedjax_qp.simulate import NonFiniteLoss
 
 TUNE = {
     "fedavgm": [f"algorithm=fedavgm algorithm.weighting=uniform algorithm.momentum={m}" for m in (0.3, 0.5, 0.7, 0.9)],
@@ -44,12 +46,15 @@ TUNED_LAST, LAST = 5, 10
 
 
 def complete(config: configuration.Config, console: Console) -> Path:
-    """Runs, continues or keeps one run; returns its folder."""
+    """Runs, continues or keeps one run; returns its folder. A run that diverged is kept as such."""
     folder = config.run_folder
-    if not (folder / "config.yaml").exists():
-        run(config, console)
-    elif not _is_finished(folder, config.rounds):
-        resume(folder, console=console)
+    if (folder / FAILURE).exists() or _is_finished(folder, config.rounds):
+        return folder
+    with contextlib.suppress(NonFiniteLoss):
+        if (folder / "config.yaml").exists():
+            resume(folder, console=console)
+        else:
+            run(config, console)
     return folder
 
 
@@ -59,6 +64,9 @@ def _is_finished(folder: Path, rounds: int) -> bool:
 
 
 def score(folder: Path, last: int) -> float:
+    """Mean accuracy of the last evaluations; 0 for a run that diverged."""
+    if (folder / FAILURE).exists():
+        return 0.0
     accuracies = [line["test_accuracy"] for line in records.read(folder) if "test_accuracy" in line]
     return sum(accuracies[-last:]) / len(accuracies[-last:])
 
@@ -94,7 +102,9 @@ def compared(chosen: dict[str, str], scores: list[dict]) -> dict[str, str]:
     forms = sorted(("nearest", "box", "joint", "references"), key=lambda form: -best[form])[:2]
     methods = {**FIXED, "fedavgm": chosen["fedavgm"], "fedmut": chosen["fedmut"]}
     methods |= {f"fedqp-{form}": chosen[form] for form in forms}
-    return methods | {f"fedqp-{forms[0]}-{use}": f"{chosen[forms[0]]} algorithm.use={use}" for use in ("shifted", "drift")}
+    return methods | {
+        f"fedqp-{forms[0]}-{use}": f"{chosen[forms[0]]} algorithm.use={use}" for use in ("shifted", "drift")
+    }
 
 
 def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str, str], console: Console) -> None:

@@ -198,7 +198,7 @@ def _check_keys(values: dict[str, Any], cls: type, prefix: str) -> None:
         if key not in fields:
             raise unknown_name("setting", f"{prefix}{key}", [prefix + name for name in fields])
         inner = fields[key].type
-        if dataclasses.is_dataclass(inner) and inner is not Part:
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner) and inner is not Part:
             if not isinstance(value, dict):
                 raise ConfigurationError(f"{prefix}{key} = {value!r} must be a mapping of settings.")
             _check_keys(value, inner, f"{prefix}{key}.")

@@ -39,7 +39,7 @@ class TestSet(NamedTuple):
     __test__ = False  # the name is the field's; it is not a test case
 
     examples: PyTree  # [batches, B, ...]
-    mask: Bool[Array, "batches B"]
+    mask: Bool[Array | np.ndarray, "batches B"]
 
 
 class Engine(NamedTuple):
@@ -92,7 +92,7 @@ def run_clients(
     def start(slot: Int[Array, ""]) -> PyTree:
         return algorithm.start(shared, of(own, slot), of(memories, slot), client_key(key, cohort.clients[slot], 0))
 
-    def step(carry: PyTree, slot: Int[Array, ""], local_step: Int[Array, ""], indices: Int[Array, "B"]) -> PyTree:
+    def step(carry: PyTree, slot: Array, local_step: Array, indices: Int[Array, "B"]) -> PyTree:
         batch = Batch(jax.tree.map(lambda leaf: leaf[jnp.maximum(indices, 0)], examples), indices != IDLE)
         return algorithm.step(frozen, shared, carry, batch, client_key(key, cohort.clients[slot], local_step + 1))
 
@@ -124,11 +124,11 @@ def run_clients(
         )
 
     def body(index: Int[Array, ""], state: LoopState) -> LoopState:
-        slots, local_steps = lanes.slots[:, index], lanes.local_steps[:, index]
+        slots, local_steps, indices = (jnp.asarray(leaf)[:, index] for leaf in lanes[:3])
         active, slots = slots != IDLE, jnp.maximum(slots, 0)
         begins = active & (local_steps == 0)
         carry = jax.lax.cond(begins.any(), partial(load, begins, slots), lambda carry: carry, state.carry)
-        carry = jax.vmap(step)(carry, slots, local_steps, lanes.examples[:, index])
+        carry = jax.vmap(step)(carry, slots, local_steps, indices)
         state = state._replace(carry=carry)
         ends = active & (local_steps == cohort.steps[slots] - 1)
         return jax.lax.cond(ends.any(), partial(report, ends, slots), lambda state: state, state)
@@ -244,21 +244,23 @@ def make_engine(
         common = jax.device_put(plan._replace(lanes=()), everywhere)
         return common._replace(lanes=jax.device_put(lanes, split))
 
-    specs = Plan(PartitionSpec(), PartitionSpec(), PartitionSpec(AXIS), PartitionSpec(), PartitionSpec())
-    whole = PartitionSpec()
+    whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
     if parallel == "vmap":
         program = jax.jit(chunk, donate_argnums=0)
     elif parallel == "shard_map":
         mapped = jax.shard_map(
-            chunk, mesh=mesh, in_specs=(whole,) * 4 + (specs, whole), out_specs=whole, check_vma=False
+            chunk,
+            mesh=mesh,
+            in_specs=(whole,) * 4 + (_for_lanes(by_lane, whole), whole),
+            out_specs=whole,
+            check_vma=False,
         )
         program = jax.jit(mapped, donate_argnums=0)
     else:
-        axes: Any = Plan(None, None, 0, None, None)
         program = jax.pmap(
             chunk,
             AXIS,
-            in_axes=(None, None, None, None, axes, None),
+            in_axes=(None, None, None, None, _for_lanes(0, None), None),
             out_axes=None,
             devices=list(mesh.devices.flat),
         )
@@ -271,7 +273,12 @@ def make_engine(
     return Engine(partial(jax.device_put, device=everywhere), place_plan, run)
 
 
-def _by_device(leaf: np.ndarray, devices: int) -> np.ndarray:
+def _for_lanes(lanes: Any, rest: Any) -> Any:
+    """A plan-shaped tree: one thing for the lanes, another for all else."""
+    return Plan(rest, rest, lanes, rest, rest)
+
+
+def _by_device(leaf: Array | np.ndarray, devices: int) -> Array | np.ndarray:
     """[L, ...] → [devices, L/devices, ...], the layout that pmap wants."""
     return leaf.reshape(devices, -1, *leaf.shape[1:])
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import os
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -45,17 +48,17 @@ def resolve(config: Config) -> Config:
 
 def local_optimizer(local: Local) -> optax.GradientTransformation:
     """The clients' optimizer."""
-    if local.optimizer == "sgd":
-        steps = [optax.add_decayed_weights(local.weight_decay)] if local.weight_decay else []
-        steps.append(optax.sgd(local.learning_rate, local.momentum or None))
-    elif local.optimizer == "adam":
-        steps = [optax.add_decayed_weights(local.weight_decay)] if local.weight_decay else []
-        steps.append(optax.adam(local.learning_rate))
-    else:
-        steps = [optax.adamw(local.learning_rate, weight_decay=local.weight_decay)]
+    rules = {
+        "sgd": lambda: optax.sgd(local.learning_rate, local.momentum or None),
+        "adam": lambda: optax.adam(local.learning_rate),
+        "adamw": lambda: optax.adamw(local.learning_rate, weight_decay=local.weight_decay),
+    }
+    steps: list[optax.GradientTransformation] = []
     if local.clip_norm is not None:
-        steps.insert(0, optax.clip_by_global_norm(local.clip_norm))
-    return optax.chain(*steps) if len(steps) > 1 else steps[0]
+        steps.append(optax.clip_by_global_norm(local.clip_norm))
+    if local.weight_decay and local.optimizer != "adamw":
+        steps.append(optax.add_decayed_weights(local.weight_decay))
+    return optax.chain(*steps, rules[local.optimizer]())
 
 
 def build(config: Config) -> Experiment:
@@ -84,7 +87,7 @@ def build(config: Config) -> Experiment:
     model = classifier(build_net, mean=dataset.mean, std=dataset.std, classes=dataset.classes)
     algorithm = algorithms[algorithm_part.name](model.loss, optimizer, **algorithm_part.options)
     _check_dispatch(model, algorithm, config.participation.cohort)
-    counts = label_counts(parts, dataset.train.labels, dataset.classes)
+    counts = label_counts(parts, np.asarray(dataset.train.labels), dataset.classes)
     work = Workload(parts, config.participation, config.local, config.seed)
     return Experiment(config, dataset, work, counts, model, algorithm)
 
@@ -126,8 +129,6 @@ def _check_devices(config: Config) -> None:
 
 def environment() -> dict[str, object]:
     """Versions, device and commit, for the run folder."""
-    from importlib.metadata import version
-
     packages = ("fedjax_qp", "jax", "jaxlib", "flax", "optax", "jaxopt", "orbax-checkpoint", "numpy")
     return {
         "packages": {name: version(name) for name in packages},
@@ -139,9 +140,6 @@ def environment() -> dict[str, object]:
 
 def _commit() -> str | None:
     """The commit of the checkout that this package runs from, marked when it has local changes."""
-    import subprocess
-    from pathlib import Path
-
     here = Path(configuration.__file__).parent
     git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:

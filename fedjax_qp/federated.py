@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 
@@ -54,9 +55,9 @@ class Model(NamedTuple):
 class Cohort(NamedTuple):
     """The M clients of one round. A client with zero steps dropped out: it receives, but never reports."""
 
-    clients: Int[Array, "M"]  # indices into the federation, 0 … K−1
-    sizes: Float[Array, "M"]  # number of training examples
-    steps: Int[Array, "M"]  # local steps the client will take
+    clients: Int[Array | np.ndarray, "M"]  # indices into the federation, 0 … K−1
+    sizes: Float[Array | np.ndarray, "M"]  # number of training examples
+    steps: Int[Array | np.ndarray, "M"]  # local steps the client will take
 
 
 class Client(NamedTuple):
@@ -106,7 +107,7 @@ def round_keys(key: Key[Array, ""], round: Int[Array, ""]) -> RoundKeys:
     return RoundKeys(*jax.random.split(jax.random.fold_in(key, round), 3))
 
 
-def client_key(key: Key[Array, ""], client: Int[Array, ""], local_step: Int[Array, ""]) -> Key[Array, ""]:
+def client_key(key: Key[Array, ""], client: Int[Array, ""], local_step: Int[Array, ""] | int) -> Key[Array, ""]:
     """A function of the client and its own step count: never of slot, lane or device."""
     return jax.random.fold_in(jax.random.fold_in(key, client), local_step)
 
@@ -145,6 +146,7 @@ def federated_round(
     if algorithm.combine_each is not None:
         server, metrics = algorithm.combine_each(state.server, collected, cohort, keys.combine)
     else:
+        assert algorithm.combine is not None, "an algorithm needs combine or combine_each"
         server, metrics = algorithm.combine(state.server, collected, keys.combine)
     clients = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state.clients, memories)
     return FederatedState(state.round + 1, server, clients), {**dispatch_metrics, **client_metrics, **metrics}

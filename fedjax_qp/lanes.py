@@ -5,6 +5,7 @@ Which wins depends on the net, the device and the partition, so it is measured. 
 a resumed run does not measure again.
 """
 
+import dataclasses
 import time
 from typing import NamedTuple
 
@@ -77,8 +78,6 @@ def _trial_plan(experiment: Experiment, lanes: int, steps: int) -> Plan:
     longest = sorted(range(len(work.parts)), key=lambda client: -len(work.parts[client]))[:lanes]
     parts = [np.resize(work.parts[client], work.local.batch_size * max(_STEPS)) for client in longest]
     parts += [parts[0]] * (max(lanes, work.participation.cohort) - len(parts))
-    import dataclasses
-
     trial = work._replace(
         parts=parts,
         participation=dataclasses.replace(work.participation, dropout=0.0, stragglers=0.0, cohort=len(parts)),

@@ -11,7 +11,7 @@ import heapq
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from fedjax_qp.config import Local, Participation
 from fedjax_qp.federated import Cohort
@@ -23,20 +23,20 @@ _COHORT, _BATCHES = 0, 1  # separate streams of random numbers, so that a change
 class Lanes(NamedTuple):
     """The work of L lanes over R rounds of at most S steps with batches of B. Lanes come first: devices split that axis."""
 
-    slots: Int[np.ndarray, "L R S"]  # position in the cohort, or IDLE
-    local_steps: Int[np.ndarray, "L R S"]  # the client's own step count; 0 is where it starts
-    examples: Int[np.ndarray, "L R S B"]  # indices of training examples; IDLE is padding
-    steps: Int[np.ndarray, "L R"]  # steps in use
+    slots: Int[Array | np.ndarray, "L R S"]  # position in the cohort, or IDLE
+    local_steps: Int[Array | np.ndarray, "L R S"]  # the client's own step count; 0 is where it starts
+    examples: Int[Array | np.ndarray, "L R S B"]  # indices of training examples; IDLE is padding
+    steps: Int[Array | np.ndarray, "L R"]  # steps in use
 
 
 class Plan(NamedTuple):
     """One chunk of R rounds, ready for the device."""
 
     cohorts: Cohort  # arrays [R, M]
-    rows: Int[np.ndarray, "R M"]  # where the cohort's memories lie in the client store
+    rows: Int[Array | np.ndarray, "R M"]  # where the cohort's memories lie in the client store
     lanes: Lanes
-    evaluate: Bool[np.ndarray, "R"]
-    rounds: Int[np.ndarray, ""]  # rounds in use, ≤ R
+    evaluate: Bool[Array | np.ndarray, "R"]
+    rounds: Int[Array | np.ndarray, ""]  # rounds in use, ≤ R
 
 
 class Workload(NamedTuple):
@@ -80,7 +80,7 @@ def client_batches(work: Workload, round: int, client: int, steps: int) -> Int[n
     return batches.reshape(-1, size)[:steps]
 
 
-def pack(steps: Int[np.ndarray, "M"], lanes: int) -> list[list[int]]:
+def pack(steps: Int[Array | np.ndarray, "M"], lanes: int) -> list[list[int]]:
     """Longest client first into the emptiest lane (Graham 1969, LPT).
 
     Returns:
@@ -96,7 +96,7 @@ def pack(steps: Int[np.ndarray, "M"], lanes: int) -> list[list[int]]:
     return assigned
 
 
-def longest_lane(steps: Int[np.ndarray, "M"], lanes: int) -> int:
+def longest_lane(steps: Int[Array | np.ndarray, "M"], lanes: int) -> int:
     """Steps that a round takes on the device."""
     return max(sum(int(steps[slot]) for slot in lane) for lane in pack(steps, lanes))
 

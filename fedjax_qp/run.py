@@ -23,7 +23,9 @@ from fedjax_qp.lanes import LaneTrial, choose_lanes
 from fedjax_qp.plots import plot_run
 from fedjax_qp.records import Recorder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.simulate import Chunk, first_state, simulate, with_lanes
+from fedjax_qp.simulate import Chunk, NonFiniteLoss, first_state, simulate, with_lanes
+
+FAILURE = "failure.json"  # in the folder of a run that diverged
 
 
 class Outcome(NamedTuple):
@@ -113,7 +115,7 @@ def _continue(experiment: Experiment, folder: Path, state: FederatedState, conso
         progress, task = _progress(stack, console, config, done)
         history = [line for line in records.read(folder) if line["round"] <= done] if done else []
         reason = "finished"
-        for index, chunk in enumerate(simulate(experiment, state)):
+        for index, chunk in enumerate(_noting_failure(simulate(experiment, state), folder)):
             recorder.write(chunk.records)
             history += chunk.records
             done = int(chunk.state.round)
@@ -130,10 +132,20 @@ def _continue(experiment: Experiment, folder: Path, state: FederatedState, conso
     return Outcome(folder, done, reason)
 
 
+def _noting_failure(chunks: Iterator[Chunk], folder: Path) -> Iterator[Chunk]:
+    """Leaves a file behind when training diverges, so that a sweep can tell it from an interruption."""
+    (folder / FAILURE).unlink(missing_ok=True)
+    try:
+        yield from chunks
+    except NonFiniteLoss as error:
+        (folder / FAILURE).write_text(json.dumps({"reason": "non-finite loss", "message": str(error)}))
+        raise
+
+
 def _stop_reason(history: list[dict], settings: Evaluation) -> str | None:
-    if settings.stop_at_target and settings.target_accuracy is not None:
-        if records.rounds_to_reach(history, settings.target_accuracy) is not None:
-            return "target reached"
+    target = settings.target_accuracy
+    if settings.stop_at_target and target is not None and records.rounds_to_reach(history, target) is not None:
+        return "target reached"
     accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
     if settings.patience is not None and len(accuracies) > settings.patience:
         best = max(range(len(accuracies)), key=accuracies.__getitem__)

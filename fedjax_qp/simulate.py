@@ -55,11 +55,14 @@ def host_copy(tree: PyTree) -> PyTree:
 
 
 def chunk_bounds(first_round: int, rounds: int, rounds_per_chunk: int) -> list[tuple[int, int]]:
-    """(first round, rounds) of each chunk: a fixed function of the round, so that a resumed run runs the same programs."""
-    starts = range(first_round - first_round % rounds_per_chunk, rounds, rounds_per_chunk)
-    if first_round % rounds_per_chunk:
-        raise ValueError(f"round {first_round} is not the end of a chunk of {rounds_per_chunk} rounds")
-    return [(start, min(rounds_per_chunk, rounds - start)) for start in starts]
+    """(first round, rounds) of each chunk.
+
+    Chunks end at multiples of `rounds_per_chunk`, wherever a run starts. All of them run the same program with a dynamic
+    number of rounds, so where they end does not change a bit of the result.
+    """
+    ends = [*range(rounds_per_chunk, rounds, rounds_per_chunk), rounds]
+    starts = [first_round, *(end for end in ends if end > first_round)]
+    return [(start, end - start) for start, end in zip(starts[:-1], starts[1:], strict=True)]
 
 
 def chunk_plan(experiment: Experiment, lanes: int, first_round: int, rounds: int) -> Plan:
@@ -102,6 +105,7 @@ def simulate(experiment: Experiment, state: FederatedState | None = None) -> Ite
         store: ClientStore = HostStore(state.clients, config.engine.rounds_per_chunk * config.participation.cohort)
     else:
         store = ClientStore()
+
     def launch(device_state: FederatedState, plan: Plan) -> tuple[FederatedState, dict]:
         device_state, local_plan = store.load(engine, device_state, plan)
         return engine.run(device_state, engine.place_plan(local_plan))

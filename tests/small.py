@@ -90,7 +90,12 @@ def small_state(algorithm: Algorithm, clients: int = CLIENTS) -> FederatedState:
 
 
 def run_rounds(
-    algorithm: Algorithm, engine: Engine, lanes: int, rounds: int = ROUNDS, state: FederatedState | None = None, **changes
+    algorithm: Algorithm,
+    engine: Engine,
+    lanes: int,
+    rounds: int = ROUNDS,
+    state: FederatedState | None = None,
+    **changes,
 ) -> tuple[FederatedState, dict]:
     """Runs `rounds` rounds as chunks of ROUNDS from `state` on; returns the last chunk's metrics."""
     state = engine.place_state(small_state(algorithm) if state is None else state)

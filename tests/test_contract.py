@@ -1,5 +1,6 @@
 """Every registered algorithm keeps the engine's contract: the result depends on nothing but configuration and seed."""
 
+import dataclasses
 from functools import cache
 
 import jax
@@ -20,11 +21,12 @@ from small import (
     small_parts,
     small_plan,
     small_state,
+    small_work,
     worst_difference,
 )
 
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.federated import Algorithm, Batch, FederatedState
+from fedjax_qp.federated import Algorithm, Batch, FederatedState, init_state
 from fedjax_qp.plan import IDLE, Lanes, Plan
 
 cases = pytest.mark.parametrize("case", CASES)
@@ -148,8 +150,6 @@ def test_callers_params_survive_donation(case):
     algorithm, engine = compiled(case)
     params = small_model().init(jax.random.key(0))
     before = jax.device_get(params)
-    from fedjax_qp.federated import init_state
-
     state = engine.place_state(init_state(algorithm, params, 12))
     engine.run(state, engine.place_plan(small_plan(0, ROUNDS, lanes=3)))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
@@ -159,10 +159,6 @@ def test_callers_params_survive_donation(case):
 @pytest.mark.parametrize("case", ["fedavg", "fedavg-uniform", "fedavgm", "fedmut", "fedqp-nearest", "fedqp-box"])
 def test_one_client_with_full_batches_is_plain_sgd(case):
     """The first round of one client: nothing federated is left, only SGD on its batches in the plan's order."""
-    import dataclasses
-
-    from small import small_work
-
     algorithm = small_algorithm(case)
     work = small_work(cohort=1)
     work = work._replace(parts=[small_parts()[1]], local=dataclasses.replace(work.local, batch_size=BATCH))
@@ -174,9 +170,7 @@ def test_one_client_with_full_batches_is_plain_sgd(case):
     optimizer_state = optimizer.init(params.trainable)
     for indices in plan.lanes.examples[0, 0, : plan.lanes.steps[0, 0]]:
         batch = Batch(jax.tree.map(lambda leaf, i=indices: leaf[i], digits().train), np.ones(BATCH, bool))
-        gradient = jax.grad(lambda t, b=batch: small_model().loss((), params._replace(trainable=t), b, None)[0])(
-            params.trainable
-        )
+        gradient = jax.grad(lambda p, b=batch: small_model().loss((), p, b, None)[0])(params).trainable
         updates, optimizer_state = optimizer.update(gradient, optimizer_state)
         params = params._replace(trainable=optax.apply_updates(params.trainable, updates))
     assert worst_difference(params, model_of(algorithm, state)) <= TOLERANCE

@@ -9,7 +9,9 @@ from fedjax_qp.config import Local, Participation
 from fedjax_qp.plan import IDLE, Workload, client_batches, client_steps, pack, plan_chunk, sample_cohort, steps_bound
 
 
-def workload(sizes: list[int], *, cohort: int = 2, seed: int = 0, epochs: int = 2, batch_size: int = 4, **changes) -> Workload:
+def workload(
+    sizes: list[int], *, cohort: int = 2, seed: int = 0, epochs: int = 2, batch_size: int = 4, **changes
+) -> Workload:
     parts = [np.arange(size) + sum(sizes[:index]) for index, size in enumerate(sizes)]
     local = Local(epochs=epochs, batch_size=batch_size, maximum_steps=changes.pop("maximum_steps", None))
     return Workload(parts, Participation(cohort=cohort, **changes), local, seed)

@@ -166,18 +166,22 @@ def _active_mean(rows: Float[Array, "M N"], active: Bool[Array, "M"]) -> Float[A
 
 def _remembering(algorithm: Algorithm, references: str, kept: int) -> Algorithm:
     """Lets the server keep the directions that the next round's mutants refer to."""
+    combine_sum = algorithm.combine
+    assert combine_sum is not None
 
     def init_server(params: Params) -> MutationServer:
         empty = jax.tree.map(lambda leaf: jnp.zeros((kept, *leaf.shape), leaf.dtype), params.trainable)
         return algorithm.init_server(params)._replace(references=empty)
 
     def combine(server: MutationServer, total: Upload, key: Any) -> tuple[MutationServer, dict]:
-        new, metrics = algorithm.combine(server, total, key)
-        older = jax.tree.map(lambda row, rows: jnp.concatenate([row[None], rows[:-1]]), server.update, server.references)
+        new, metrics = combine_sum(server, total, key)
+        older = jax.tree.map(
+            lambda row, rows: jnp.concatenate([row[None], rows[:-1]]), server.update, server.references
+        )
         return new._replace(references=older), metrics
 
     def combine_each(server: MutationServer, uploads: Upload, cohort: Cohort, key: Any) -> tuple[MutationServer, dict]:
-        new, metrics = algorithm.combine(server, jax.tree.map(lambda leaf: leaf.sum(0), uploads), key)
+        new, metrics = combine_sum(server, jax.tree.map(lambda leaf: leaf.sum(0), uploads), key)
 
         def keep(rows: Array) -> Array:
             missing = max(0, kept - len(rows))
@@ -200,7 +204,7 @@ def reference_directions(server: MutationServer) -> Directions:
     flat = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(rows)]
     updates = [leaf.reshape(-1) for leaf in jax.tree.leaves(server.update)]
     with_update = jnp.stack([matrix @ g for matrix, g in zip(flat, updates, strict=True)], axis=1)
-    return Directions(rows, sum(matrix @ matrix.T for matrix in flat), with_update, valid)
+    return Directions(rows, jnp.sum(jnp.stack([matrix @ matrix.T for matrix in flat]), axis=0), with_update, valid)
 
 
 def _correct_by_references(
@@ -239,10 +243,12 @@ def _correct_by_references(
 def _fan_metrics(
     drawn: Float[Array, "M L"], corrected: Float[Array, "M L"], shares: Float[Array, "L"], active: Bool[Array, "M"]
 ) -> dict[str, Array]:
-    moved = jnp.sqrt((corrected - drawn) ** 2 @ shares) > 1e-4 * jnp.sqrt(drawn**2 @ shares)
+    length, new_length = jnp.sqrt(drawn**2 @ shares), jnp.sqrt(corrected**2 @ shares)
+    moved = jnp.sqrt((corrected - drawn) ** 2 @ shares) > 1e-4 * length
     return {
         "mutation/cosine_before": quadratic.cosines(drawn, shares),
-        "mutation/cosine_after": quadratic.cosines(corrected, shares),
+        # The direction of a mutant that was corrected to nothing is rounding noise.
+        "mutation/cosine_after": jnp.where(new_length > 1e-4 * length, quadratic.cosines(corrected, shares), 0),
         "qp/corrected_share": _active_mean((moved & active)[:, None] * 1.0, active)[0],
     }
 

@@ -33,6 +33,7 @@ class LeNet(nnx.Module):
         self.dense1 = Dense(16 * height * width, 120, rngs=rngs)
         self.dense2 = Dense(120, 84, rngs=rngs)
         self.dense3 = Dense(84, classes, rngs=rngs)
+        # Without a normalisation in between, convolution, ReLU and pooling are one operation.
         self.plain = normalisation == "none"
 
     def __call__(

@@ -1,18 +1,19 @@
 """Two-dimensional convolution as one matrix product, because clients have different kernels.
 
-Under `vmap` over per-client kernels a convolution becomes a grouped convolution, which is slow on CPU and GPU alike, and
-inside a loop XLA:CPU does not use its fast kernels for it at all. A matrix product becomes a batched matrix product instead.
+Under `vmap` over per-client kernels a convolution becomes a grouped convolution, which is slow on CPU and GPU alike,
+and inside a loop XLA:CPU does not use its fast kernels for it. A matrix product becomes a batched matrix product.
 
-The outputs are computed in tiles of t × t positions. A tile reads s(t−1)+k input rows and columns; the kernel is expanded
-into a banded (block-Toeplitz) matrix from this patch to the t × t outputs:
+The outputs are computed in tiles of t × t positions. A tile reads s(t−1)+k input rows and columns; the kernel is
+expanded into a banded (block-Toeplitz) matrix from this patch to the t × t outputs:
 
 * t = 1 is im2col ("patches"): no wasted multiplication, but every input value is copied k² times;
-* larger t ("toeplitz") copies each value (1 + (k−1)/t)² times only, and makes the matrix product wider, at the price of
-  multiplications with zeros. For few channels copying costs more than multiplying.
+* larger t ("toeplitz") copies each value (1 + (k−1)/t)² times only, and makes the matrix product wider, at the price
+  of multiplications with zeros. For few channels copying costs more than multiplying.
 
-Inputs and outputs are NHWC. The input is first cut into cells of st × st positions, so that a patch is a few whole cells
-and gathering it copies long contiguous runs. Where one layer's tiles are the next layer's cells, XLA removes both
-transpositions.
+Inputs and outputs are NHWC. In between, the input is cut into cells of st × st positions, so that a patch is a few
+whole cells, and the examples of the batch are the last axis: [cell, row of cells, column of cells, B]. So gathering
+patches copies long contiguous runs, and elementwise operations are vectorised over the batch however few channels there
+are. Where one layer's pooled tiles are the next layer's cells, as in LeNet, XLA removes the transpositions in between.
 """
 
 from math import ceil
@@ -26,6 +27,11 @@ from fedjax_qp.models.pooling import max_of_windows, max_pool
 
 Form = Literal["auto", "lax", "patches", "toeplitz"]
 Padding = Literal["SAME", "VALID"] | int
+
+# With at most so many channels the inputs are taken for images: larger tiles pay, and they come straight from the data.
+IMAGE_CHANNELS = 4
+# With more channels the multiplications with zeros cost more than the copies that they save.
+TOEPLITZ_CHANNELS = 16
 
 
 def convolution(
@@ -57,7 +63,7 @@ def convolution(
     inputs, (height, width) = _pad(inputs, kernel.shape, stride, padding)
     tile = toeplitz_tile(kernel.shape, (height, width)) if form == "toeplitz" and stride == 1 else 1
     tiles = ceil(height / tile), ceil(width / tile)
-    outputs = _product(_banded_matrix(kernel, stride, tile), _gather_patches(inputs, kernel.shape, stride, tile, tiles))
+    outputs = _banded_matrix(kernel, stride, tile) @ _gather_patches(inputs, kernel.shape, stride, tile, tiles)
     return _from_tiles(outputs, tile, tiles)[:, :height, :width]
 
 
@@ -72,7 +78,7 @@ def convolution_relu_pool(
     """Convolution with stride 1, bias, ReLU and 2 × 2 max-pooling, without ever forming the unpooled image.
 
     The outputs of a tile are ordered (position in the window, window, channel): pooling is a maximum of four contiguous
-    parts. Bias and ReLU are monotone, so that they may come after it: same values and gradients, on a quarter of them.
+    parts. Bias and ReLU are monotone and may come after it: the same values and gradients, from a quarter of the work.
 
     Args:
       inputs: [B, H, W, C].
@@ -93,14 +99,14 @@ def convolution_relu_pool(
     tiles = ceil(height / half), ceil(width / half)
     matrix = _banded_matrix(kernel, 1, tile).reshape(half, 2, half, 2, channels, -1)
     matrix = matrix.transpose(1, 3, 0, 2, 4, 5).reshape(tile * tile * channels, -1)
-    outputs = _product(matrix, _gather_patches(inputs, kernel.shape, 1, tile, tiles))
+    outputs = matrix @ _gather_patches(inputs, kernel.shape, 1, tile, tiles)
     outputs = max_of_windows(outputs.reshape(4, half * half * channels, -1))
     outputs = jax.nn.relu(outputs + jnp.tile(bias, half * half)[:, None])
     return _from_tiles(outputs, half, tiles)[:, :height, :width]
 
 
 def resolve_form(form: Form) -> Form:
-    """Returns the form that is fastest on the present kind of device for `auto`; see `benchmarks/convolution.py`."""
+    """Returns the fastest form on the present kind of device for `auto`; see `benchmarks/convolution.py`."""
     if form != "auto":
         return form
     # Unmeasured on GPU and TPU: patches avoid the grouped convolution and waste no multiplications.
@@ -115,9 +121,9 @@ def toeplitz_tile(kernel: tuple[int, ...], outputs: tuple[int, int]) -> int:
       outputs: height and width of the output.
     """
     size, channels = max(kernel[:2]), kernel[2]
-    if size == 1 or channels > 16:
+    if size == 1 or channels > TOEPLITZ_CHANNELS:
         return 1
-    tile = 4 if size > 3 and channels <= 4 else 2
+    tile = 4 if size > 3 and channels <= IMAGE_CHANNELS else 2
     return tile if min(outputs) >= tile else 1
 
 
@@ -145,10 +151,24 @@ def _gather_patches(
     counts = [count + more - 1 for count, more in zip(tiles, reach, strict=True)]
     inputs = inputs[:, : counts[0] * cell, : counts[1] * cell]
     short = [(0, count * cell - size) for count, size in zip(counts, inputs.shape[1:3], strict=True)]
+    if channels <= IMAGE_CHANNELS and jax.default_backend() == "cpu":
+        inputs = _transposed_by_product(inputs)
     cells = jnp.pad(inputs, [(0, 0), *short, (0, 0)]).reshape(batch, counts[0], cell, counts[1], cell, channels)
     cells = cells.transpose(2, 4, 5, 1, 3, 0).reshape(cell * cell * channels, *counts, batch)
     parts = [cells[:, y : y + tiles[0], x : x + tiles[1]] for y in range(reach[0]) for x in range(reach[1])]
     return jnp.concatenate(parts).reshape(len(parts) * len(cells), -1)
+
+
+def _transposed_by_product(inputs: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns the inputs unchanged, but so that XLA:CPU lays them out with the batch last, and only once.
+
+    XLA fuses a plain transposition into each reader, where it runs one element at a time, together with whatever made
+    the images (the look-up in the data set). It never fuses a matrix product: that saves a tenth to a quarter of a step.
+    Exact for finite inputs; an infinite or undefined pixel would spread over the batch.
+    """
+    batch = inputs.shape[0]
+    transposed = jnp.matmul(inputs.reshape(batch, -1).T, jnp.eye(batch, dtype=inputs.dtype))
+    return transposed.T.reshape(inputs.shape)
 
 
 def _from_tiles(outputs: Float[Array, "outputs tiles_and_B"], tile: int, tiles: tuple[int, int]) -> Array:
@@ -172,9 +192,3 @@ def _banded_matrix(kernel: Float[Array, "kh kw C O"], stride: int, tile: int) ->
     ]
     matrix = jnp.stack(shifted).reshape(tile * tile * outputs, reach[0], cell, reach[1], cell, channels)
     return matrix.swapaxes(2, 3).reshape(tile * tile * outputs, rows * columns * channels)
-
-
-def _product(
-    matrix: Float[Array, "outputs patch"], patches: Float[Array, "patch tiles_and_B"]
-) -> Float[Array, "outputs tiles_and_B"]:
-    return matrix @ patches

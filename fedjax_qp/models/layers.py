@@ -53,6 +53,4 @@ class Convolution(nnx.Module):
 
     def relu_pool(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
         """Convolution, ReLU and 2 × 2 max-pooling, faster than one after the other; needs stride 1 and a bias."""
-        return convolution_relu_pool(
-            inputs, self.kernel[...], self.bias[...], padding=self.padding, form=self.form
-        )
+        return convolution_relu_pool(inputs, self.kernel[...], self.bias[...], padding=self.padding, form=self.form)

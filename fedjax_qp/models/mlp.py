@@ -1,6 +1,6 @@
 """Multilayer perceptron.
 
-Source: McMahan et al., "Communication-efficient learning of deep networks", AISTATS 2017: the "2NN", 200 and 200 hidden.
+Source: McMahan et al., "Communication-efficient learning of deep networks", AISTATS 2017: the "2NN", 200 + 200 hidden.
 """
 
 import math

@@ -51,8 +51,8 @@ def vgg16(
 ) -> Callable[[nnx.Rngs], nnx.Module]:
     """VGG-16 with batch norm and a single dense layer 512 → classes: 14,728,266 parameters for CIFAR-10.
 
-    Source: Simonyan and Zisserman, "Very deep convolutional networks", ICLR 2015, configuration D; the three dense layers
-    are replaced by one, as is usual for 32×32 images.
+    Source: Simonyan and Zisserman, "Very deep convolutional networks", ICLR 2015, configuration D; the three dense
+    layers are replaced by one, as is usual for 32×32 images.
 
     Args:
       input_shape: height, width, channels; at least 32×32.

@@ -10,7 +10,7 @@ formulation.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_qp.registry import ConfigurationError
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
-def full_precision(function: Callable) -> Callable:
+
+def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Decorator: accelerators round the factors of a float32 matrix product to 10 bits or fewer unless asked not to."""
 
     @functools.wraps(function)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
+    def wrapped(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
         with jax.default_matmul_precision("highest"):
             return function(*arguments, **options)
 

@@ -75,8 +75,8 @@ def joint(
     multipliers = _polished(problem, multipliers)
     recovered = _recover(problem, multipliers)
     failed = ~(recovered.residual <= accepted_residual(signs.dtype))
-    report = Report(*(jnp.broadcast_to(entry, active.shape) for entry in (recovered.residual, iterations, failed)))
-    return alpha * recovered.coefficients, report
+    report = Report(recovered.residual, iterations, failed)
+    return alpha * recovered.coefficients, jax.tree.map(lambda entry: jnp.broadcast_to(entry, active.shape), report)
 
 
 def _problem(

@@ -61,7 +61,7 @@ def referenced(
     multipliers, iterations = _solve(hessian, linear, valid)
     multipliers, residual = jax.vmap(_polished, in_axes=(None, 0, 0))(hessian, linear, multipliers)
     failed = ~(residual <= accepted_residual(gram.dtype))
-    report = Report(*(jnp.where(active, entry, 0) for entry in (residual, iterations)), active & failed)
+    report = Report(jnp.where(active, residual, 0), jnp.where(active, iterations, 0), active & failed)
     return jnp.where(active[:, None], size * multipliers, 0), report
 
 
@@ -97,8 +97,11 @@ def _solve(
 
 
 def _residual(hessian: Float[Array, "R R"], linear: Float[Array, "R"], v: Float[Array, "R"]) -> Float[Array, ""]:
-    """Of v ≥ 0, Hv + linear ≥ 0 and their complementarity, relative to the size of v (`linear` has size 1)."""
-    return jnp.max(jnp.abs(jnp.minimum(v, hessian @ v + linear))) / jnp.maximum(jnp.max(v), 1)
+    """Of v ≥ 0, Hv + linear ≥ 0 and their complementarity, relative to the size of v (`linear` has size 1).
+
+    Multipliers beyond 1,000 earn no more indulgence: they come from contradicting references without regularisation.
+    """
+    return jnp.max(jnp.abs(jnp.minimum(v, hessian @ v + linear))) / jnp.clip(jnp.max(v), 1, 1e3)
 
 
 def _polished(

@@ -6,6 +6,7 @@ QP-2, also for layers whose share is so small that y says nothing about them; wh
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from fedjax_qp.quadratic.geometry import Report, accepted_residual, full_precisi
 from fedjax_qp.quadratic.solver import STABILISER, Structure, minimise
 
 # Settings of the solver. With a single constraint a fixed ρ contracts evenly, and over-relaxation only slows it down.
-UNBOXED = {"penalty": 2.0, "penalty_range": (2.0, 2.0), "relaxation": 1.0}
-BOXED = {"penalty": 1.0}
+UNBOXED: dict[str, Any] = {"penalty": 2.0, "penalty_range": (2.0, 2.0), "relaxation": 1.0}
+BOXED: dict[str, Any] = {"penalty": 1.0}
 
 
 @full_precision

@@ -109,13 +109,14 @@ def minimise(
     Returns:
       The last iterate, whether or not it meets the tolerance: the caller measures it.
     """
-    solver = _StructuredOSQP(
+    # jaxopt annotates its own linear solvers and float settings; ours are neither.
+    settings: dict[str, Any] = {"rho_start": jnp.asarray(penalty, linear.dtype)}
+    solver: Any = _StructuredOSQP(
         matvec_Q=structure.hessian,
         matvec_A=structure.constraints,
         check_primal_dual_infeasability=False,  # jaxopt's spelling; feasibility is checked when a method is built
         sigma=STABILISER,
         momentum=relaxation,
-        rho_start=jnp.asarray(penalty, linear.dtype),
         rho_min=penalty_range[0],
         rho_max=penalty_range[1],
         stepsize_updates_frequency=PENALTY_INTERVAL,
@@ -124,9 +125,10 @@ def minimise(
         tol=TOLERANCE,
         implicit_diff=False,
         unroll=False,
+        **settings,
     )
     solver._eq_qp_solve_impl = _ExactInverse(structure.inverse)
     objective = (parameters, linear)
     first = solver.init_params(start, objective, parameters, (lower, upper))
     solution, state = solver.run(first, objective, parameters, (lower, upper))
-    return Solution(solution.primal[0], solution.dual_eq, state.iter_num)
+    return Solution(solution.primal[0], solution.dual_eq, jnp.asarray(state.iter_num, jnp.int32))

@@ -1,0 +1,5 @@
+"""`python -m fedjax_qp` is `fedjax-qp`."""
+
+from fedjax_qp.cli import main
+
+main()

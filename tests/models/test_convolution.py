@@ -1,0 +1,85 @@
+"""Every form of convolution against `jax.lax`, values and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedjax_qp.models.convolution import convolution, convolution_relu_pool, resolve_form, toeplitz_tile
+
+shapes = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "height": st.integers(6, 13),
+        "width": st.integers(6, 13),
+        "channels": st.sampled_from([1, 3, 6, 17]),
+        "outputs": st.integers(1, 5),
+        "size": st.sampled_from([1, 2, 3, 5]),
+        "padding": st.sampled_from(["SAME", "VALID", 1, 2]),
+    }
+)
+
+
+def draw(shape: dict, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    random = np.random.default_rng(seed)
+    inputs = random.normal(size=(shape["batch"], shape["height"], shape["width"], shape["channels"]))
+    kernel = random.normal(size=(shape["size"], shape["size"], shape["channels"], shape["outputs"]))
+    return jnp.float32(inputs), jnp.float32(kernel), jnp.float32(random.normal(size=shape["outputs"]))
+
+
+def assert_same(function, arguments, form: str, **options) -> None:
+    """Values and all gradients of `form` equal those of `lax`."""
+
+    def value_and_gradients(form: str):
+        outputs, pull_back = jax.vjp(lambda *arguments: function(*arguments, form=form, **options), *arguments)
+        return outputs, pull_back(jnp.cos(3 * outputs) + jnp.arange(outputs.size).reshape(outputs.shape) / outputs.size)
+
+    results = jax.jit(lambda: (value_and_gradients("lax"), value_and_gradients(form)))()
+    for expected, got in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["patches", "toeplitz"])
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=shapes, stride=st.sampled_from([1, 2]))
+def test_forms_equal_lax(form: str, shape: dict, stride: int) -> None:
+    inputs, kernel, _ = draw(shape)
+    assert_same(convolution, (inputs, kernel), form, stride=stride, padding=shape["padding"])
+
+
+@pytest.mark.parametrize("form", ["patches", "toeplitz"])
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(shape=shapes)
+def test_pooled_forms_equal_lax(form: str, shape: dict) -> None:
+    assert_same(convolution_relu_pool, draw(shape), form, padding=shape["padding"])
+
+
+def test_lenet_layers_use_large_tiles_and_wide_layers_none() -> None:
+    assert toeplitz_tile((5, 5, 3, 6), (28, 28)) == 4
+    assert toeplitz_tile((5, 5, 6, 16), (10, 10)) == 2
+    assert toeplitz_tile((3, 3, 64, 64), (32, 32)) == 1
+    assert toeplitz_tile((1, 1, 3, 6), (32, 32)) == 1
+
+
+@pytest.mark.parametrize("form", ["patches", "toeplitz"])
+def test_vmap_over_kernels_equals_a_loop(form: str) -> None:
+    shape = {"batch": 2, "height": 8, "width": 8, "channels": 3, "outputs": 4, "size": 3}
+    clients = [draw(shape, seed) for seed in range(3)]
+    stacked = [jnp.stack(parts) for parts in zip(*clients, strict=True)]
+    together = jax.vmap(lambda *arguments: convolution_relu_pool(*arguments, form=form))(*stacked)
+    alone = [convolution_relu_pool(*client, form=form) for client in clients]
+    np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["patches", "toeplitz"])
+def test_no_convolution_is_left_for_the_compiler(form: str) -> None:
+    inputs, kernel, bias = draw({"batch": 2, "height": 12, "width": 12, "channels": 3, "outputs": 4, "size": 5})
+    program = jax.make_jaxpr(jax.grad(lambda k: convolution_relu_pool(inputs, k, bias, form=form).sum()))(kernel)
+    assert "conv_general_dilated" not in str(program)
+
+
+def test_auto_is_resolved_to_a_measured_form() -> None:
+    assert resolve_form("auto") == ("toeplitz" if jax.default_backend() == "cpu" else "patches")
+    assert resolve_form("lax") == "lax"

@@ -1,0 +1,140 @@
+"""Configurations are strict: what is wrong is named, with what would be right, before any compute."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedjax_qp import config
+from fedjax_qp.experiment import build, resolve
+from fedjax_qp.registry import ConfigurationError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SMALL = {
+    "name": "small",
+    "rounds": 4,
+    "data": "digits",
+    "partition": {"name": "dirichlet", "clients": 12, "beta": 0.5, "minimum": 5},
+    "model": {"name": "mlp", "hidden": [16]},
+    "algorithm": {"name": "fedqp", "alpha": 1.0},
+    "local": {"learning_rate": 0.05, "epochs": 1, "batch_size": 16},
+    "participation": {"cohort": 4},
+    "engine": {"lanes": 2, "rounds_per_chunk": 2},
+    "evaluation": {"every": 1, "batch_size": 100},
+}
+
+
+def write(folder: Path, **changes) -> Path:
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump({**SMALL, "folder": str(folder / "runs"), **changes}))
+    return file
+
+
+def test_round_trip_through_yaml(tmp_path):
+    loaded = resolve(config.load(write(tmp_path)))
+    config.save(loaded, tmp_path / "saved.yaml")
+    assert resolve(config.load(tmp_path / "saved.yaml")) == loaded
+    text = yaml.safe_load((tmp_path / "saved.yaml").read_text())
+    assert text["algorithm"]["mutation_rounds"] == 50  # defaults are written out
+    assert text["local"]["momentum"] == 0.9
+
+
+def test_overrides_reach_every_level(tmp_path):
+    loaded = config.load(
+        write(tmp_path),
+        ["rounds=7", "algorithm.alpha=3", "engine.lanes=auto", "data.x=1", "evaluation.target_accuracy=0.5"],
+    )
+    assert (loaded.rounds, loaded.algorithm.options, loaded.engine.lanes) == (7, {"alpha": 3}, "auto")
+    assert (loaded.data.options, loaded.evaluation.target_accuracy) == ({"x": 1}, 0.5)
+
+
+def test_another_algorithm_drops_the_options_of_the_first(tmp_path):
+    for override in ("algorithm=fedavg", "algorithm.name=fedavg"):
+        loaded = config.load(write(tmp_path), [override, "algorithm.weighting=uniform"])
+        assert loaded.algorithm == config.Part("fedavg", {"weighting": "uniform"})
+
+
+@given(st.sampled_from(["rounds", "seed", "local.epochs", "engine.rounds_per_chunk"]), st.integers(-3, 5))
+def test_numbers_are_kept_or_refused_by_name(key, value):
+    outer, _, inner = key.partition(".")
+    values = {**SMALL, outer: {inner: value} if inner else value}
+    smallest = 0 if key == "seed" else 1
+    if value >= smallest:
+        loaded = config.from_dict(values)
+        found = getattr(getattr(loaded, outer), inner) if inner else getattr(loaded, outer)
+        assert found == value
+    else:
+        with pytest.raises(ConfigurationError, match=rf"{key} = {value}.*greater than or equal to {smallest}"):
+            config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["algorithm=fedmutt"], "unknown algorithm 'fedmutt': did you mean fedmut"),
+        (["data=cifar11"], "unknown data source 'cifar11': did you mean cifar10"),
+        (["model=lennet"], "unknown model 'lennet': did you mean lenet"),
+        (["partition=dirichlett"], "unknown partition 'dirichlett': did you mean dirichlet"),
+        (["algorithm.alfa=1"], "unknown option of algorithm 'fedqp' 'alfa': did you mean alpha"),
+        (["local.learning_rat=1"], "unknown setting 'local.learning_rat': did you mean local.learning_rate"),
+        (["roundz=3"], "unknown setting 'roundz': did you mean rounds"),
+        (["rounds"], "not of the form key=value"),
+        (["rounds.x=3"], "single value"),
+        (["local=3"], "local = 3 must be a mapping"),
+        (["local.learning_rate=-1"], "local.learning_rate = -1.*greater than 0"),
+        (["local.optimizer=sdg"], "local.optimizer = 'sdg'.*'sgd'"),
+        (["participation.cohort=13"], "participation.cohort = 13 is more than the 12 clients.*1 to 12"),
+        (["participation.dropout=1"], "participation.dropout = 1.*less than 1"),
+        (["partition.beta=0"], "beta"),
+        (["partition.beta=-0.5"], "beta"),
+        (["partition.minimum=1000"], "minimum"),
+        (["algorithm.alpha=-1"], "alpha = -1.*greater than or equal to 0"),
+        (["algorithm.alpha=big"], "alpha = 'big'"),
+        (["algorithm.margin=1"], "margin = 1"),
+        (["algorithm.margin=-0.1"], "margin = -0.1"),
+        (["algorithm.form=joint", "algorithm.drift=1.5"], r"drift = 1.5 is not in \[0, 1\]"),
+        (["algorithm.form=joint", "algorithm.drift=0.2", "algorithm.margin=0.5"], r"drift = 0.2 is not in \[0.5, 1\]"),
+        (["algorithm.form=joint", "algorithm.max_drift=0.5"], "max_drift = 0.5 works with form nearest or box"),
+        (["engine.lanes=5"], "engine.lanes = 5 is more than the 4 clients"),
+        (["engine.devices=1000"], "engine.devices = 1000, but 8"),
+        (["engine.devices=2"], "engine.devices = 2 with engine.parallel = 'vmap'"),
+        (["engine.devices=4", "engine.parallel=pmap"], "engine.lanes = 2 must be a multiple of engine.devices = 4"),
+    ],
+)
+def test_bad_settings_are_named_with_the_remedy(tmp_path, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(config.load(write(tmp_path), changes))
+
+
+def test_missing_files_and_broken_yaml(tmp_path):
+    with pytest.raises(ConfigurationError, match="no configuration file.*small.yaml"):
+        config.load(write(tmp_path).with_name("smal.yaml"))
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    with pytest.raises(ConfigurationError, match="not valid YAML"):
+        config.load(broken)
+    broken.write_text("- 1")
+    with pytest.raises(ConfigurationError, match="not a mapping"):
+        config.load(broken)
+
+
+def test_a_missing_data_folder_says_how_to_get_the_data(tmp_path):
+    file = write(tmp_path, data={"name": "cifar10", "folder": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigurationError, match="nowhere.*(?s:.*)prepare"):
+        build(config.load(file))
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_config_file_is_valid_and_opens_with_its_command(file):
+    resolve(config.load(file))
+    head = file.read_text().split("\nname:")[0]
+    assert f"fedjax-qp run configs/{file.name}" in head
+
+
+def test_differences_name_the_settings():
+    first = config.to_dict(config.from_dict(SMALL))
+    second = config.to_dict(config.from_dict({**SMALL, "rounds": 9, "participation": {"cohort": 3}}))
+    assert config.differences(first, second) == ["participation.cohort: 4 → 3", "rounds: 4 → 9"]

@@ -1,0 +1,23 @@
+"""Every notebook runs from top to bottom."""
+
+import os
+from pathlib import Path
+
+import jupytext
+import nbclient
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the notebook tools, not of ours
+def test_notebook_runs(file, tmp_path):
+    notebook = jupytext.read(file)
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environment)
+    images = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(images) >= 2

@@ -1,0 +1,227 @@
+"""A run from configuration to folder; interruption at any point and resumption to the same bits."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from test_config import write
+
+from fedjax_qp import config, records
+from fedjax_qp.checkpoint import Checkpoints
+from fedjax_qp.experiment import build
+from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.run import resume, run
+from fedjax_qp.simulate import NonFiniteLoss, chunk_bounds, first_state, simulate
+
+
+def final_state(folder: Path):
+    experiment = build(config.load(folder / "config.yaml"))
+    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
+        return checkpoints.restore(first_state(experiment))
+
+
+def assert_bitwise(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """One finished run of four rounds."""
+    folder = tmp_path_factory.mktemp("finished")
+    return run(config.load(write(folder)), quiet()).folder
+
+
+def test_a_run_leaves_everything_behind(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "environment.json", "records.jsonl", "checkpoints", "tensorboard", "run.png"} <= names
+    assert json.loads((finished / "environment.json").read_text())["packages"]["jax"] == jax.__version__
+    lines = records.read(finished)
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    wanted = {"test_accuracy", "test_loss", "class_accuracy", "client_accuracy", "train_loss", "mutation/drift"}
+    wanted |= {"qp/residual", "qp/iterations", "qp/fallbacks", "qp/corrected_share", "mutation/cosine_before"}
+    wanted |= {"mutation/cosine_after", "update/cosine_between_clients"}
+    assert wanted <= lines[-1].keys()
+    assert lines[-1]["test_accuracy"] > lines[0]["test_accuracy"]
+
+
+def test_the_solver_ran_inside_the_compiled_round(finished):
+    lines = records.read(finished)
+    assert lines[0]["qp/iterations"] == 0 or lines[0]["mutation/drift"] == 0  # nothing to correct in round 1
+    assert all(line["qp/iterations"] >= 1 and line["qp/residual"] <= 1e-4 for line in lines[1:])
+    assert min(lines[-1]["mutation/cosine_after"]) >= -1e-5
+    assert min(lines[-1]["mutation/cosine_before"]) < -0.01
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished):
+    with pytest.raises(ConfigurationError, match="already holds a run.*fedjax-qp resume"):
+        run(config.load(finished / "config.yaml"), quiet())
+
+
+def test_more_rounds_continue_where_the_run_ended(finished, tmp_path):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "copy")
+    outcome = resume(tmp_path / "copy", ["rounds=8"], quiet())
+    assert outcome.rounds == 8
+    whole = run(config.load(finished / "config.yaml", ["rounds=8", f"folder={tmp_path}", "name=whole"]), quiet())
+    assert_bitwise(final_state(tmp_path / "copy"), final_state(whole.folder))
+    assert [line["round"] for line in records.read(tmp_path / "copy")] == list(range(1, 9))
+
+
+def test_a_change_of_the_past_is_refused_by_name(finished):
+    with pytest.raises(ConfigurationError, match="algorithm.alpha: 1.0 → 2.*local.learning_rate: 0.05 → 0.1"):
+        resume(finished, ["algorithm.alpha=2", "local.learning_rate=0.1"], quiet())
+
+
+def test_resuming_nothing_says_so(tmp_path):
+    with pytest.raises(ConfigurationError, match="holds no run"):
+        resume(tmp_path, [], quiet())
+
+
+def test_an_unwritable_folder_is_refused_before_any_compute(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigurationError, match="cannot be written.*folder=PATH"):
+        run(config.load(write(tmp_path), [f"folder={tmp_path / 'file' / 'runs'}"]), quiet())
+
+
+def test_a_non_finite_loss_names_round_and_clients_and_keeps_the_last_checkpoint(tmp_path):
+    loaded = config.load(
+        write(tmp_path, algorithm="fedavg"), ["local.learning_rate=1e30", "local.momentum=0", "rounds=6"]
+    )
+    with pytest.raises(NonFiniteLoss, match=r"round \d+, clients \[.*\].*learning_rate"):
+        run(loaded, quiet())
+    assert records.read(loaded.run_folder) == []
+    fine = config.load(write(tmp_path, algorithm="fedavg"), ["name=fine"])
+    folder = run(fine, quiet()).folder
+    before = final_state(folder)
+    text = (folder / "config.yaml").read_text().replace("learning_rate: 0.05", "learning_rate: 1.0e+30")
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(NonFiniteLoss):
+        resume(folder, ["rounds=8"], quiet())
+    assert_bitwise(before, final_state(folder))
+    assert len(records.read(folder)) == 4
+
+
+def test_early_stop_at_the_target_and_without_progress(tmp_path):
+    target = config.load(
+        write(tmp_path),
+        ["rounds=40", "evaluation.target_accuracy=0.15", "evaluation.stop_at_target=true", "name=target"],
+    )
+    outcome = run(target, quiet())
+    assert outcome.reason == "target reached" and outcome.rounds < 40 and outcome.rounds % 2 == 0
+    assert records.rounds_to_reach(records.read(outcome.folder), 0.15) <= outcome.rounds
+    still = config.load(
+        write(tmp_path), ["rounds=40", "local.learning_rate=1e-9", "evaluation.patience=3", "name=still"]
+    )
+    assert run(still, quiet()).reason == "no progress"
+
+
+def test_chunks_are_a_fixed_function_of_the_round():
+    assert chunk_bounds(0, 7, 3) == [(0, 3), (3, 3), (6, 1)]
+    assert chunk_bounds(3, 7, 3) == [(3, 3), (6, 1)]
+    assert chunk_bounds(4, 9, 3) == [(4, 2), (6, 3)]
+    assert chunk_bounds(7, 7, 3) == []
+
+
+def test_the_whole_run_compiles_one_program(tmp_path, compilations):
+    experiment = build(config.load(write(tmp_path), ["rounds=10", "participation.dropout=0.2"]))
+    chunks = simulate(experiment)
+    next(chunks)
+    before = compilations()
+    assert [int(chunk.state.round) for chunk in chunks] == [4, 6, 8, 10]
+    assert compilations() == before
+
+
+def test_client_store_on_the_host_gives_the_same_bits(tmp_path):
+    """Client memory is a toy here (see test_engine); what is tested is the way of its rows to the device and back."""
+    from test_engine import counting
+
+    results = []
+    for store in ("device", "host"):
+        experiment = build(config.load(write(tmp_path), ["rounds=6", f"engine.client_store={store}"]))
+        experiment = experiment._replace(algorithm=counting())
+        results.append(list(simulate(experiment))[-1].state)
+    assert_bitwise(*results)
+    assert results[0].clients["rounds"].sum() == 6 * 4
+
+
+def test_measured_lanes_are_written_into_the_run_folder(tmp_path):
+    outcome = run(config.load(write(tmp_path), ["engine.lanes=auto", "rounds=2"]), quiet())
+    assert config.load(outcome.folder / "config.yaml").engine.lanes in range(1, 5)
+
+
+# --- interruption: separate processes ---------------------------------------------------------------------------------
+
+LONG = ["rounds=60", "evaluation.every=5", "checkpoints.keep=2"]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fedjax_qp", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
+
+
+def wait_for_rounds(process: subprocess.Popen, folder: Path, rounds: int) -> None:
+    file = folder / "records.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if file.exists() and file.read_bytes().count(b"\n") >= rounds:
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early:\n{process.communicate()[0]}")
+        time.sleep(0.002)
+    pytest.fail(f"no {rounds} rounds in time")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return run(config.load(write(folder), LONG), quiet()).folder
+
+
+@pytest.mark.parametrize("rounds", [1, 20, 45])
+def test_kill_and_resume_is_bitwise(tmp_path, uninterrupted, rounds):
+    file = write(tmp_path)
+    folder = config.load(file).run_folder
+    process = start(["run", str(file), *LONG])
+    wait_for_rounds(process, folder, rounds)
+    process.kill()
+    process.communicate()
+    resumed = start(["resume", str(folder)])
+    output, _ = resumed.communicate(timeout=240)
+    assert resumed.returncode == 0, output
+    assert_bitwise(final_state(uninterrupted), final_state(folder))
+    assert records.read(folder) == records.read(uninterrupted)
+
+
+def test_sigterm_finishes_the_chunk_and_says_how_to_resume(tmp_path, uninterrupted):
+    file = write(tmp_path)
+    folder = config.load(file).run_folder
+    process = start(["run", str(file), *LONG, "rounds=100000"])
+    wait_for_rounds(process, folder, 10)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130, output
+    assert "SIGTERM" in output and re.search(r"fedjax-qp resume\s+\S+", output)
+    done = int(final_state(folder).round)
+    assert done == len(records.read(folder)) and done >= 10
+
+
+def test_errors_end_with_one_line_and_status_two(tmp_path):
+    process = start(["run", str(write(tmp_path)), "algorithm=fedmutt"])
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert "did you mean fedmut" in output and "Traceback" not in output
