@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from fedjax_qp.engine import Engine
-from fedjax_qp.experiment import Experiment, environment
+from fedjax_qp.experiment import Experiment, environment, first_state, start_engine
 from fedjax_qp.plan import Plan
-from fedjax_qp.simulate import chunk_plan, first_state, start_engine
+from fedjax_qp.simulate import chunk_plan
 
 
 class TimedRounds:

@@ -13,9 +13,8 @@ from statistics import median
 from measure import TimedRounds, in_turn, write_rows
 
 from fedjax_qp import config as configuration
-from fedjax_qp.experiment import build
+from fedjax_qp.experiment import build, with_lanes
 from fedjax_qp.lanes import choose_lanes, measure_lanes
-from fedjax_qp.simulate import with_lanes
 
 LANES = (1, 2, 3, 5, 10)
 

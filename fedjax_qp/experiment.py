@@ -10,13 +10,14 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Local, Part
 from fedjax_qp.data import Dataset, check_partition, label_counts, partitions, sources
-from fedjax_qp.federated import Algorithm, Cohort, Model
+from fedjax_qp.engine import Engine, cut_test_set, make_engine
+from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state
 from fedjax_qp.models import models
 from fedjax_qp.models.classifier import classifier
 from fedjax_qp.plan import Workload
@@ -90,6 +91,39 @@ def build(config: Config) -> Experiment:
     counts = label_counts(parts, np.asarray(dataset.train.labels), dataset.classes)
     work = Workload(parts, config.participation, config.local, config.seed)
     return Experiment(config, dataset, work, counts, model, algorithm)
+
+
+def start_engine(experiment: Experiment) -> Engine:
+    """The engine for an experiment."""
+    engine = experiment.config.engine
+    return make_engine(
+        experiment.algorithm,
+        experiment.model,
+        frozen=(),
+        train=experiment.dataset.train,
+        test=cut_test_set(experiment.dataset.test, experiment.config.evaluation.batch_size),
+        seed=experiment.config.seed,
+        parallel=engine.parallel,
+        devices=engine.devices,
+    )
+
+
+def first_state(experiment: Experiment) -> FederatedState:
+    """The state before round 0, on the host."""
+    key = jax.random.fold_in(jax.random.key(experiment.config.seed), 0)
+    params = jax.jit(experiment.model.init)(key)
+    return host_copy(init_state(experiment.algorithm, params, len(experiment.work.parts)))
+
+
+def host_copy(tree: PyTree) -> PyTree:
+    """Copies to numpy. A real copy: on CPU the plain transfer is a view of memory that the next chunk overwrites."""
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+
+def with_lanes(experiment: Experiment, lanes: int) -> Experiment:
+    """The same experiment with a fixed number of lanes."""
+    engine = dataclasses.replace(experiment.config.engine, lanes=lanes)
+    return experiment._replace(config=dataclasses.replace(experiment.config, engine=engine))
 
 
 def _check_dispatch(model: Model, algorithm: Algorithm, members: int) -> None:

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from fedjax_qp.experiment import Experiment
+from fedjax_qp.experiment import Experiment, first_state, start_engine
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.plan import Plan, longest_lane, plan_chunk, sample_cohort
-from fedjax_qp.simulate import first_state, start_engine
 
 _STEPS = (4, 24)  # two trial lengths; their difference is free of a round's fixed costs
 _REPEATS = 5

@@ -17,13 +17,13 @@ from fedjax_qp import records
 from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition, print_table, summary
-from fedjax_qp.experiment import Experiment, build, environment
+from fedjax_qp.experiment import Experiment, build, environment, first_state, with_lanes
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import LaneTrial, choose_lanes
 from fedjax_qp.plots import plot_run
 from fedjax_qp.records import Recorder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.simulate import Chunk, NonFiniteLoss, first_state, simulate, with_lanes
+from fedjax_qp.simulate import Chunk, NonFiniteLoss, simulate
 
 FAILURE = "failure.json"  # in the folder of a run that diverged
 

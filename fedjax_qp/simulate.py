@@ -1,6 +1,5 @@
 """The loop over chunks: plan on the host, run on the device, hand back the records. For notebooks and for `run`."""
 
-import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -9,9 +8,10 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from fedjax_qp.engine import Engine, cut_test_set, make_engine
-from fedjax_qp.experiment import Experiment
-from fedjax_qp.federated import FederatedState, init_state
+from fedjax_qp.engine import Engine
+from fedjax_qp.experiment import Experiment, first_state, host_copy, start_engine
+from fedjax_qp.federated import FederatedState
+from fedjax_qp.lanes import choose_lanes
 from fedjax_qp.plan import Plan, plan_chunk
 from fedjax_qp.records import chunk_records, nonfinite_clients
 
@@ -25,33 +25,6 @@ class Chunk(NamedTuple):
 
     state: FederatedState  # on the host; a copy of the caller's own
     records: list[dict]  # one per round, see `records.chunk_records`
-
-
-def start_engine(experiment: Experiment) -> Engine:
-    """The engine for an experiment."""
-    engine = experiment.config.engine
-    return make_engine(
-        experiment.algorithm,
-        experiment.model,
-        frozen=(),
-        train=experiment.dataset.train,
-        test=cut_test_set(experiment.dataset.test, experiment.config.evaluation.batch_size),
-        seed=experiment.config.seed,
-        parallel=engine.parallel,
-        devices=engine.devices,
-    )
-
-
-def first_state(experiment: Experiment) -> FederatedState:
-    """The state before round 0, on the host."""
-    key = jax.random.fold_in(jax.random.key(experiment.config.seed), 0)
-    params = jax.jit(experiment.model.init)(key)
-    return host_copy(init_state(experiment.algorithm, params, len(experiment.work.parts)))
-
-
-def host_copy(tree: PyTree) -> PyTree:
-    """Copies to numpy. A real copy: on CPU the plain transfer is a view of memory that the next chunk overwrites."""
-    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
 
 
 def chunk_bounds(first_round: int, rounds: int, rounds_per_chunk: int) -> list[tuple[int, int]]:
@@ -83,7 +56,7 @@ def simulate(experiment: Experiment, state: FederatedState | None = None) -> Ite
     """Runs an experiment from `state` (default: from the beginning) to its last round.
 
     Args:
-      experiment: with `engine.lanes` a number (see `lanes.choose_lanes` for "auto").
+      experiment: what to run; with `engine.lanes: auto` the number of lanes is measured first.
       state: as handed back by an earlier chunk.
 
     Yields:
@@ -93,9 +66,7 @@ def simulate(experiment: Experiment, state: FederatedState | None = None) -> Ite
       NonFiniteLoss: some client's training loss was not finite; the chunk is not handed back.
     """
     config = experiment.config
-    lanes = config.engine.lanes
-    if lanes == "auto":
-        raise ValueError("engine.lanes is 'auto'; choose_lanes(experiment) turns it into a number")
+    lanes = choose_lanes(experiment)[0] if config.engine.lanes == "auto" else config.engine.lanes
     state = first_state(experiment) if state is None else host_copy(state)
     engine = start_engine(experiment)
     bounds = chunk_bounds(int(state.round), config.rounds, config.engine.rounds_per_chunk)
@@ -179,9 +150,3 @@ class HostStore(ClientStore):
 
     def _rows(self, clients: Int[np.ndarray, "U"]) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[clients], self.memories)
-
-
-def with_lanes(experiment: Experiment, lanes: int) -> Experiment:
-    """The same experiment with a fixed number of lanes."""
-    engine = dataclasses.replace(experiment.config.engine, lanes=lanes)
-    return experiment._replace(config=dataclasses.replace(experiment.config, engine=engine))

@@ -31,9 +31,9 @@ from matplotlib.figure import Figure
 
 from fedjax_qp import config, quadratic
 from fedjax_qp.data import print_table, summary
-from fedjax_qp.experiment import build
+from fedjax_qp.experiment import build, first_state
 from fedjax_qp.federated import Batch, Client, round_keys
-from fedjax_qp.simulate import chunk_plan, first_state, simulate
+from fedjax_qp.simulate import chunk_plan, simulate
 
 settings = {
     "name": "notebook",

@@ -17,10 +17,10 @@ from test_config import write
 
 from fedjax_qp import config, records
 from fedjax_qp.checkpoint import Checkpoints
-from fedjax_qp.experiment import build
+from fedjax_qp.experiment import build, first_state
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import resume, run
-from fedjax_qp.simulate import NonFiniteLoss, chunk_bounds, first_state, simulate
+from fedjax_qp.simulate import NonFiniteLoss, chunk_bounds, simulate
 
 
 def final_state(folder: Path):

@@ -49,8 +49,8 @@ class BatchNormalisation(nnx.Module):
         mean = jnp.where(valid, inputs, 0).sum((0, 1, 2)) / jnp.maximum(count, 1)
         deviation = jnp.where(valid, inputs - mean, 0)
         squares = (deviation**2).sum((0, 1, 2))
-        self.mean[...] = self._moved(self.mean[...], mean, count)
-        self.variance[...] = self._moved(self.variance[...], squares / jnp.maximum(count - 1, 1), count)
+        self.mean.set_value(self._moved(self.mean[...], mean, count))
+        self.variance.set_value(self._moved(self.variance[...], squares / jnp.maximum(count - 1, 1), count))
         return mean, squares / jnp.maximum(count, 1)
 
     def _moved(self, running: Array, observed: Array, count: Array) -> Array:

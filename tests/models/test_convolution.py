@@ -68,8 +68,9 @@ def test_vmap_over_kernels_equals_a_loop(form: str) -> None:
     shape = {"batch": 2, "height": 8, "width": 8, "channels": 3, "outputs": 4, "size": 3}
     clients = [draw(shape, seed) for seed in range(3)]
     stacked = [jnp.stack(parts) for parts in zip(*clients, strict=True)]
-    together = jax.vmap(lambda *arguments: convolution_relu_pool(*arguments, form=form))(*stacked)
-    alone = [convolution_relu_pool(*client, form=form) for client in clients]
+    layer = jax.jit(lambda *arguments: convolution_relu_pool(*arguments, form=form))
+    together = jax.jit(jax.vmap(layer))(*stacked)
+    alone = [layer(*client) for client in clients]
     np.testing.assert_allclose(together, jnp.stack(alone), rtol=1e-5, atol=1e-5)
 
 

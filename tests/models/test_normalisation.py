@@ -33,6 +33,7 @@ def test_padded_examples_do_nothing_even_if_undefined() -> None:
 def test_padded_examples_get_and_give_no_gradient() -> None:
     layer, mask = BatchNormalisation(2), jnp.arange(5) < 3
     graph, state = nnx.split(layer)
+    state = nnx.to_pure_dict(state)
 
     def loss(inputs):
         outputs = nnx.merge(graph, state)(inputs, mask, train=True)

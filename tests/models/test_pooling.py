@@ -20,7 +20,7 @@ def reference(inputs: np.ndarray, gradient: np.ndarray) -> tuple[np.ndarray, np.
     return outputs, back
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     shape=st.tuples(st.integers(1, 2), st.integers(2, 7), st.integers(2, 7), st.integers(1, 3)),
     seed=st.integers(0, 1000),
@@ -29,10 +29,15 @@ def test_equals_loops_with_many_ties(shape: tuple[int, ...], seed: int) -> None:
     random = np.random.default_rng(seed)
     inputs = random.integers(0, 3, shape).astype(np.float32)
     gradient = random.normal(size=(shape[0], shape[1] // 2, shape[2] // 2, shape[3])).astype(np.float32)
-    outputs, pull_back = jax.vjp(max_pool, jnp.asarray(inputs))
+
+    def value_and_gradient(inputs, gradient):
+        outputs, pull_back = jax.vjp(max_pool, inputs)
+        return outputs, pull_back(gradient)[0]
+
+    outputs, back = jax.jit(value_and_gradient)(inputs, gradient)
     expected, expected_back = reference(inputs, gradient)
     np.testing.assert_array_equal(outputs, expected)
-    np.testing.assert_array_equal(pull_back(jnp.asarray(gradient))[0], expected_back)
+    np.testing.assert_array_equal(back, expected_back)
 
 
 def test_equals_reduce_window_under_vmap() -> None:
