@@ -60,8 +60,8 @@ def normalise(
     """Scales pixels 0 … 255 to 0 … 1 and standardises them; inputs that are floats already are left alone."""
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         return inputs
-    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return inputs * (1 / (255 * std)) - mean / std
+    shift, scale = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return inputs * (1 / (255 * scale)) - shift / scale
 
 
 def _params(network: nnx.Module) -> Params:

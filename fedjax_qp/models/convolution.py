@@ -56,9 +56,9 @@ def convolution(
     """
     form = resolve_form(form)
     if form == "lax":
-        padding = [(padding, padding)] * 2 if isinstance(padding, int) else padding
+        around = [(padding, padding)] * 2 if isinstance(padding, int) else padding
         return jax.lax.conv_general_dilated(
-            inputs, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            inputs, kernel, (stride, stride), around, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
     inputs, (height, width) = _pad(inputs, kernel.shape, stride, padding)
     tile = toeplitz_tile(kernel.shape, (height, width)) if form == "toeplitz" and stride == 1 else 1

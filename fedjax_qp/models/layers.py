@@ -45,7 +45,9 @@ class Convolution(nnx.Module):
         fan_in = size * size * inputs
         self.kernel = uniform_fan_in(rngs, (size, size, inputs, outputs), fan_in)
         self.bias = uniform_fan_in(rngs, (outputs,), fan_in) if bias else None
-        self.stride, self.padding, self.form = stride, padding, form
+        self.stride = stride
+        self.padding: Padding = padding
+        self.form: Form = form
 
     def __call__(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
         outputs = convolution(inputs, self.kernel[...], stride=self.stride, padding=self.padding, form=self.form)
@@ -53,4 +55,5 @@ class Convolution(nnx.Module):
 
     def relu_pool(self, inputs: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
         """Convolution, ReLU and 2 × 2 max-pooling, faster than one after the other; needs stride 1 and a bias."""
+        assert self.bias is not None
         return convolution_relu_pool(inputs, self.kernel[...], self.bias[...], padding=self.padding, form=self.form)
