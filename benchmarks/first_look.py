@@ -1,5 +1,6 @@
 """The main job of `make run`: FedAvg, FedMut and FedQP on MNIST-5k in the same engine, then a table and a figure.
 
+One seed, nothing tuned: it shows that and how the methods run, not which one is better.
 Runs that are already finished are kept and interrupted ones are continued, so a second call only compares.
 """
 
@@ -15,9 +16,9 @@ from fedjax_qp.plots import plot_comparison
 from fedjax_qp.run import resume, run
 
 METHODS = {
-    "FedAvg": ["algorithm=fedavg"],
-    "FedMut": ["algorithm=fedmut"],
-    "FedQP": [],
+    "FedAvg": ["algorithm=fedavg", "algorithm.weighting=uniform"],
+    "FedMut": ["algorithm=fedmut", "algorithm.alpha=1"],
+    "FedQP": ["algorithm=fedqp", "algorithm.alpha=1"],
 }
 
 
