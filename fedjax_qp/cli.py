@@ -26,14 +26,21 @@ def run(
     """
     from fedjax_qp import config as configuration
     from fedjax_qp.run import run as start
+    from fedjax_qp.simulate import NonFiniteLoss
 
     console = Console()
+    status = 0
     for seed in [None] if seeds is None else seeds:
         changes = [*overrides] if seed is None else [*overrides, f"seed={seed}"]
-        outcome = start(configuration.load(config, changes), console)
+        try:
+            outcome = start(configuration.load(config, changes), console)
+        except NonFiniteLoss as error:  # says so, and goes on with the next seed
+            print(f"error: {error}", file=sys.stderr)
+            status = 1
+            continue
         if outcome.reason == "interrupted":
             return 130
-    return 0
+    return status
 
 
 def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> int:
@@ -44,8 +51,13 @@ def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -
       overrides: settings to change, such as rounds=200.
     """
     from fedjax_qp.run import resume as go_on
+    from fedjax_qp.simulate import NonFiniteLoss
 
-    return 130 if go_on(run, list(overrides)).reason == "interrupted" else 0
+    try:
+        return 130 if go_on(run, list(overrides)).reason == "interrupted" else 0
+    except NonFiniteLoss as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def compare(
@@ -73,10 +85,11 @@ def compare(
     console = Console()
     console.print(comparison.table(rows))
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".md").write_text(comparison.to_markdown(rows))
-    output.with_suffix(".json").write_text(comparison.to_json(rows))
-    plot_comparison(loaded, output.with_suffix(".png"))
-    console.print(f"figure: {output.with_suffix('.png')}")
+    files = {ending: output.with_name(f"{output.name}.{ending}") for ending in ("md", "json", "png")}
+    files["md"].write_text(comparison.to_markdown(rows))
+    files["json"].write_text(comparison.to_json(rows))
+    plot_comparison(loaded, files["png"])
+    console.print(f"figure: {files['png']}")
     return 0
 
 

@@ -17,6 +17,7 @@ from fedjax_qp.registry import ConfigurationError, unknown_name
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,10 @@ class Local:
     """A client's work in a round."""
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.01
+    learning_rate: Positive = 0.01
     momentum: Probability = 0.9  # sgd only
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    clip_norm: Positive | None = None
     epochs: Count = 5
     batch_size: Count = 50
     maximum_steps: Count | None = None  # cuts a client's work off; null = E·ceil(n/B) steps
@@ -149,7 +150,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def save(config: Config, path: Path) -> None:
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Writes a configuration; a kill in the middle leaves the old file."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    partial.replace(path)
 
 
 def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
@@ -168,7 +172,10 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigurationError(f"override {override!r} is not of the form key=value (for example rounds=20).")
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigurationError(f"override {override!r}: {text!r} is not a YAML value.") from None
     *folders, last = key.split(".")
     if key in PARTS and isinstance(value, str):
         folders, last = [key], "name"

@@ -43,7 +43,7 @@ class TestSet(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """A compiled simulator. `place` puts host arrays where `run` wants them; `run` consumes (donates) the state."""
+    """A compiled simulator. `place_…` puts host arrays where `run` wants them; `run` consumes the state it is given."""
 
     place_state: Callable[[FederatedState], FederatedState]
     place_plan: Callable[[Plan], Plan]

@@ -154,10 +154,11 @@ def _check_devices(config: Config) -> None:
             f"engine.lanes = {engine.lanes} must be a multiple of engine.devices = {engine.devices}: every device takes "
             "the same number of lanes."
         )
-    if engine.lanes != "auto" and engine.lanes > max(config.participation.cohort, engine.devices):
+    most = -(-config.participation.cohort // engine.devices) * engine.devices
+    if engine.lanes != "auto" and engine.lanes > most:
         raise ConfigurationError(
             f"engine.lanes = {engine.lanes} is more than the {config.participation.cohort} clients of a round: choose 1 "
-            f"to {config.participation.cohort}."
+            f"to {most}."
         )
 
 

@@ -12,13 +12,35 @@ An algorithm is these pure functions and nothing else. It never sees lanes, devi
 clients of a cohort, adds up their uploads and carries their memories. A method that must see every single upload gives
 `combine_each` in place of `combine`.
 
-A complete method, in one file of `algorithms/`:
+A complete method, to be put into a file of `algorithms/` (plain averaging; `optimizer` is an optax transformation):
 
     @algorithms.register
-    def fedavg(loss, optimizer, *, weighting: Weighting = "size") -> Algorithm:
-        training = local_training(loss, optimizer)
-        def dispatch(server, cohort, key): return server, (), {}
-        ...
+    def plain_average(loss, optimizer) -> Algorithm:
+        def step(frozen, shared, carry, batch, key):
+            params, state, total = carry
+            gradient_of = jax.value_and_grad(lambda t: loss(frozen, params._replace(trainable=t), batch, key), has_aux=True)
+            (value, statistics), gradient = gradient_of(params.trainable)
+            updates, state = optimizer.update(gradient, state, params.trainable)
+            return Params(optax.apply_updates(params.trainable, updates), statistics), state, total + value
+
+        def finish(shared, own, carry, memory, client):
+            return (carry[0], 1.0), memory, {"client/loss": carry[2] / client.steps}
+
+        def combine(server, total, key):
+            return jax.tree.map(lambda leaf: leaf / total[1], total[0]), {}
+
+        return Algorithm(
+            init_server=lambda params: params,
+            init_client=lambda params: (),
+            dispatch=lambda server, cohort, key: (server, (), {}),
+            start=lambda shared, own, memory, key: (shared, optimizer.init(shared.trainable), 0.0),
+            step=step,
+            finish=finish,
+            combine=combine,
+            serve=lambda server, memory: server,
+        )
+
+Metrics named `client/…` are per client; `client/loss` and, where a method has it, `update/norm` guard against divergence.
 """
 
 from collections.abc import Callable
@@ -121,7 +143,8 @@ def init_state(algorithm: Algorithm, params: Params, clients: int) -> FederatedS
     """
     params = jax.tree.map(jnp.array, params)
     memory = algorithm.init_client(params)
-    memories = jax.tree.map(lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], clients, axis=0), memory)
+    # On the host: with `client_store: host` all K memories never fit the device at once.
+    memories = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], clients, axis=0), memory)
     server = jax.tree.map(jnp.array, algorithm.init_server(params))
     return FederatedState(jnp.zeros((), jnp.int32), server, memories)
 
@@ -148,5 +171,8 @@ def federated_round(
     else:
         assert algorithm.combine is not None, "an algorithm needs combine or combine_each"
         server, metrics = algorithm.combine(state.server, collected, keys.combine)
+    # A round in which everybody dropped out must not move the server, not even by its momentum.
+    reported = (cohort.steps > 0).any()
+    server = jax.tree.map(lambda new, old: jnp.where(reported, new, old), server, state.server)
     clients = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state.clients, memories)
     return FederatedState(state.round + 1, server, clients), {**dispatch_metrics, **client_metrics, **metrics}

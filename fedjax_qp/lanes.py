@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from fedjax_qp.experiment import Experiment, first_state, start_engine
-from fedjax_qp.federated import FederatedState
 from fedjax_qp.plan import Plan, longest_lane, plan_chunk, sample_cohort
 
 _STEPS = (4, 24)  # two trial lengths; their difference is free of a round's fixed costs
@@ -35,10 +34,9 @@ class LaneTrial(NamedTuple):
 
 
 def candidates(cohort: int, devices: int) -> list[int]:
-    """1, 2, 3, 5, 10, 20, 50, … up to the cohort, as multiples of the number of devices."""
-    numbers = {base * 10**power for base in (1, 2, 3, 5) for power in range(5)}
-    chosen = {-(-number // devices) * devices for number in numbers if number <= cohort}
-    return sorted(chosen | {-(-cohort // devices) * devices} if cohort <= 10 else chosen)
+    """1, 2, 3, 5, 10, 20, … up to the cohort, and one for each member, as multiples of the number of devices."""
+    numbers = {base * 10**power for base in (1, 2, 3, 5) for power in range(5)} | {cohort}
+    return sorted({-(-number // devices) * devices for number in numbers if number <= cohort})
 
 
 def choose_lanes(experiment: Experiment) -> tuple[int, list[LaneTrial]]:
@@ -59,13 +57,16 @@ def measure_lanes(experiment: Experiment, lanes: int) -> LaneTrial:
 
 def _step_seconds(experiment: Experiment, lanes: int) -> float:
     engine = start_engine(experiment)
-    state = engine.place_state(first_state(experiment))
+    state = first_state(experiment)
+    members = max(lanes, experiment.work.participation.cohort)  # the trial needs no more client memories
+    memories = jax.tree.map(lambda leaf: leaf[np.arange(members) % len(leaf)], state.clients)
+    state = engine.place_state(state._replace(clients=memories))
     plans = [engine.place_plan(_trial_plan(experiment, lanes, steps)) for steps in _STEPS]
     durations = np.zeros((_REPEATS + 1, len(plans)))
     for repeat in range(_REPEATS + 1):
         for index, plan in enumerate(plans):
             started = time.perf_counter()
-            state, _ = _finished(engine.run(state, plan))
+            state, _ = jax.block_until_ready(engine.run(state, plan))
             durations[repeat, index] = time.perf_counter() - started
     short, long = np.median(durations[1:], axis=0)  # the first repeat compiles
     return max(float(long - short), 1e-9) / (_STEPS[1] - _STEPS[0])
@@ -84,7 +85,3 @@ def _trial_plan(experiment: Experiment, lanes: int, steps: int) -> Plan:
     )
     plan = plan_chunk(trial, 0, 1, capacity=1, lanes=lanes, evaluate_every=2, last_round=2)
     return plan._replace(lanes=plan.lanes._replace(steps=np.full((lanes, 1), steps, np.int32)))
-
-
-def _finished(result: tuple[FederatedState, dict]) -> tuple[FederatedState, dict]:
-    return jax.block_until_ready(result)

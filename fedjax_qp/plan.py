@@ -107,7 +107,7 @@ def steps_bound(work: Workload, lanes: int) -> int:
     List scheduling never exceeds total/L + (1 − 1/L)·longest (Graham 1969); the worst cohort is the M largest clients.
     """
     worst = sorted(client_steps(len(part), work.local) for part in work.parts)[-work.participation.cohort :]
-    return max(1, int(sum(worst) / lanes + (1 - 1 / lanes) * worst[-1]))
+    return max(1, (sum(worst) + (lanes - 1) * worst[-1]) // lanes)
 
 
 def plan_chunk(

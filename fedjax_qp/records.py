@@ -54,14 +54,22 @@ def chunk_records(
 
 
 def nonfinite_clients(metrics: dict[str, np.ndarray], plan: Plan, first_round: int) -> tuple[int, list[int]] | None:
-    """Finds the first round of a chunk in which a reporting client's training loss is not finite.
+    """Finds the first round of a chunk in which training left the finite numbers.
+
+    A loss is taken before its step, so a divergence in a client's last step shows only in its other metrics (the norm of
+    its update), and one on the server only in the norm of the global update.
 
     Returns:
-      That round's number (from 1) and the clients, or None.
+      That round's number (from 1) and the clients (all who report, if only the server's update broke), or None.
     """
+    of_clients = [value for name, value in metrics.items() if name.startswith("client/")]
+    of_server = metrics.get("update/norm")
     for index in range(int(plan.rounds)):
         reporting = _reporting(plan, index)
-        broken = reporting & ~np.isfinite(metrics["client/loss"][index])
+        finite = np.all([np.isfinite(value[index]) for value in of_clients], axis=0)
+        broken = reporting & ~finite
+        if not broken.any() and of_server is not None and not np.isfinite(of_server[index]):
+            broken = reporting
         if broken.any():
             return first_round + index + 1, [int(client) for client in plan.cohorts.clients[index][broken]]
     return None

@@ -26,6 +26,7 @@ from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.simulate import Chunk, NonFiniteLoss, simulate
 
 FAILURE = "failure.json"  # in the folder of a run that diverged
+DRIFT_LIMIT = 0.9
 
 
 class Outcome(NamedTuple):
@@ -113,15 +114,19 @@ def _continue(experiment: Experiment, folder: Path, state: FederatedState, conso
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=config.checkpoints.keep))
         interrupted = stack.enter_context(_signals(console))
         progress, task = _progress(stack, console, config, done)
+        warned = False
         history = [line for line in records.read(folder) if line["round"] <= done] if done else []
-        reason = "finished"
-        for index, chunk in enumerate(_noting_failure(simulate(experiment, state), folder)):
+        stopped_before = _stop_reason(history, config.evaluation)  # an early-stopped run stays stopped
+        reason = stopped_before or "finished"
+        chunks = iter(()) if stopped_before else _noting_failure(simulate(experiment, state), folder)
+        for index, chunk in enumerate(chunks):
             recorder.write(chunk.records)
             history += chunk.records
+            warned = warned or _warn_of_drift(console, chunk.records)
             done = int(chunk.state.round)
             stop = _stop_reason(history, config.evaluation) or ("interrupted" if interrupted() else None)
             if stop or done == config.rounds or (index + 1) % config.checkpoints.every_chunks == 0:
-                checkpoints.save(chunk.state, accuracy=_last_accuracy(chunk))
+                checkpoints.save(chunk.state, accuracy=chunk.records[-1].get("test_accuracy"))
             progress.update(task, completed=done, accuracy=_last_accuracy(chunk) or float("nan"))
             if stop:
                 reason = stop
@@ -152,6 +157,18 @@ def _stop_reason(history: list[dict], settings: Evaluation) -> str | None:
         if len(accuracies) - 1 - best >= settings.patience:
             return "no progress"
     return None
+
+
+def _warn_of_drift(console: Console, lines: list[dict]) -> bool:
+    """The mean mutation is a server momentum: at 1 and beyond it grows from round to round."""
+    worst = max(lines, key=lambda line: line.get("mutation/drift_largest") or 0)
+    drift = worst.get("mutation/drift_largest") or 0
+    if drift >= DRIFT_LIMIT:
+        console.print(
+            f"warning: the mutations' mean coefficient is {drift:.2f} in round {worst['round']}; from {DRIFT_LIMIT} on the "
+            "run may diverge. Lower algorithm.alpha, or set algorithm.max_drift."
+        )
+    return drift >= DRIFT_LIMIT
 
 
 def _last_accuracy(chunk: Chunk) -> float | None:

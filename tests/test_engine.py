@@ -35,6 +35,16 @@ def test_no_host_transfer_inside_a_chunk():
             jax.block_until_ready(metrics)
 
 
+@pytest.mark.parametrize("parallel", ["shard_map", "pmap"])
+def test_several_devices_compile_once_too(parallel, compilations):
+    algorithm = small_algorithm("fedmut")
+    engine = small_engine(algorithm, parallel, 8)
+    run_rounds(algorithm, engine, lanes=8)
+    before = compilations()
+    run_rounds(algorithm, engine, lanes=8, rounds=3 * ROUNDS)
+    assert compilations() == before
+
+
 def test_evaluation_equals_the_model_on_the_whole_test_set():
     algorithm = small_algorithm("fedavg")
     for parallel, devices in (("vmap", 1), ("shard_map", 8)):
@@ -52,17 +62,21 @@ def test_cutting_the_test_set_keeps_every_example_once():
     np.testing.assert_array_equal(np.asarray(cut.examples.labels)[np.asarray(cut.mask)], digits().test.labels)
 
 
-def test_a_round_in_which_everybody_drops_out_changes_nothing():
-    algorithm = small_algorithm("fedavg")
+@pytest.mark.parametrize("case", ["fedavg", "fedavgm", "fedyogi", "fedqp-history"])
+def test_a_round_in_which_everybody_drops_out_changes_nothing(case):
+    """Not even by the server's momentum, which a first round has filled."""
+    algorithm = small_algorithm(case)
     engine = small_engine(algorithm)
-    plan = small_plan(0, 1, lanes=3)
+    before, _ = engine.run(engine.place_state(small_state(algorithm)), engine.place_plan(small_plan(0, 1, lanes=3)))
+    before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(before))
+    plan = small_plan(1, 1, lanes=3)
     absent = plan._replace(
         cohorts=plan.cohorts._replace(steps=np.zeros_like(plan.cohorts.steps)),
         lanes=plan.lanes._replace(slots=np.full_like(plan.lanes.slots, -1), steps=np.zeros_like(plan.lanes.steps)),
     )
-    before = small_state(algorithm)
-    state, metrics = engine.run(engine.place_state(small_state(algorithm)), engine.place_plan(absent))
+    state, metrics = engine.run(engine.place_state(before), engine.place_plan(absent))
     assert worst_difference(before.server, state.server) == 0
+    assert int(state.round) == 2
     assert np.isfinite(metrics["update/norm"]).all()
 
 

@@ -285,7 +285,7 @@ def test_edges(squared_norms, backward, columns, margin, depth):
         assert (coefficients[4] == 0).all()
         if sum(squared_norms) > 0 and form is not nearest:
             assert (coefficients[:4] @ shares / ALPHA).min() >= margin - 1e-4
-    np.testing.assert_allclose(quadratic.mean_drift(coefficients), drift, atol=3e-6)
+    np.testing.assert_allclose(coefficients.mean(0), drift, atol=3e-6)
 
 
 def random_references(rng, count, references):
@@ -424,7 +424,7 @@ def test_cosines_and_drift():
     shares = jnp.array([0.25, 0.75])
     coefficients = jnp.array([[2.0, 2.0], [-1.0, -1.0], [3.0, -1.0], [0.0, 0.0]])
     np.testing.assert_allclose(quadratic.cosines(coefficients, shares), [1, -1, 0, 0], atol=1e-7)
-    np.testing.assert_allclose(quadratic.mean_drift(coefficients), [1.0, 0.0])
+    np.testing.assert_allclose(coefficients.mean(0), [1.0, 0.0])
     np.testing.assert_allclose(quadratic.geometry(jnp.array([1.0, 3.0])).shares, shares)
 
 

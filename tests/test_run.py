@@ -62,6 +62,7 @@ def test_the_solver_ran_inside_the_compiled_round(finished):
     lines = records.read(finished)
     assert lines[0]["qp/iterations"] == 0 or lines[0]["mutation/drift"] == 0  # nothing to correct in round 1
     assert all(line["qp/iterations"] >= 1 and line["qp/residual"] <= 1e-4 for line in lines[1:])
+    assert all(line["qp/fallbacks"] == 0 for line in lines)  # so the residuals are those of jaxopt's answers
     assert min(lines[-1]["mutation/cosine_after"]) >= -1e-5
     assert min(lines[-1]["mutation/cosine_before"]) < -0.01
 
@@ -116,6 +117,30 @@ def test_a_non_finite_loss_names_round_and_clients_and_keeps_the_last_checkpoint
     assert len(records.read(folder)) == 4
 
 
+def test_a_divergence_in_the_last_step_is_noticed(tmp_path):
+    """The loss is taken before the step: only the update's norm shows this one."""
+    loaded = config.load(
+        write(tmp_path, algorithm="fedavg"), ["local.learning_rate=1e39", "local.maximum_steps=1", "rounds=2"]
+    )
+    with pytest.raises(NonFiniteLoss, match="round 1, clients"):
+        run(loaded, quiet())
+    assert json.loads((loaded.run_folder / "failure.json").read_text())["reason"] == "non-finite loss"
+
+
+def test_an_early_stopped_run_stays_stopped(tmp_path):
+    settings = ["rounds=40", "evaluation.target_accuracy=0.15", "evaluation.stop_at_target=true"]
+    first = run(config.load(write(tmp_path), settings), quiet())
+    assert resume(first.folder, [], quiet())[1:] == first[1:]
+
+
+def test_a_drift_near_one_is_warned_of(tmp_path):
+    import io
+
+    output = Console(file=io.StringIO(), width=200)
+    run(config.load(write(tmp_path), ["algorithm.form=joint", "algorithm.alpha=2", "algorithm.drift=0.95"]), output)
+    assert "mean coefficient is 0.95" in output.file.getvalue()
+
+
 def test_early_stop_at_the_target_and_without_progress(tmp_path):
     target = config.load(
         write(tmp_path),
@@ -138,12 +163,16 @@ def test_chunks_are_a_fixed_function_of_the_round():
 
 
 def test_the_whole_run_compiles_one_program(tmp_path, compilations):
-    experiment = build(config.load(write(tmp_path), ["rounds=10", "participation.dropout=0.2"]))
-    chunks = simulate(experiment)
-    next(chunks)
-    before = compilations()
-    assert [int(chunk.state.round) for chunk in chunks] == [4, 6, 8, 10]
-    assert compilations() == before
+    """Five chunks compile as many programs as one chunk does."""
+
+    def compiled(rounds: int) -> int:
+        experiment = build(config.load(write(tmp_path), [f"rounds={rounds}", "participation.dropout=0.2"]))
+        before = compilations()
+        assert [int(chunk.state.round) for chunk in simulate(experiment)] == list(range(2, rounds + 1, 2))
+        return compilations() - before
+
+    compiled(2)  # small helper programs of a first run are cached afterwards
+    assert compiled(10) == compiled(2)
 
 
 def test_client_store_on_the_host_gives_the_same_bits(tmp_path):
@@ -200,6 +229,7 @@ def test_kill_and_resume_is_bitwise(tmp_path, uninterrupted, rounds):
     wait_for_rounds(process, folder, rounds)
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL and len(records.read(folder)) < 60
     resumed = start(["resume", str(folder)])
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output

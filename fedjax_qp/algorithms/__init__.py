@@ -1,11 +1,15 @@
 """The methods, one idea a file, under their names.
 
 A method is a function `(loss, optimizer, *, options) -> Algorithm`: `loss` as in `Model.loss`, `optimizer` the clients'
-optax transformation. To add one, write a file here that registers such a function and import it below.
+optax transformation. To add one, write a file here that registers such a function: every file of this folder is imported.
 """
+
+import importlib
+import pkgutil
 
 from fedjax_qp.registry import Registry
 
 algorithms = Registry("algorithm")
 
-from fedjax_qp.algorithms import averaging, fedmut, fedqp  # noqa: E402, F401
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -141,6 +141,8 @@ def fedmut(
         layers = len(jax.tree.leaves(server.update))
         beta = backward_share(beta0, mutation_rounds, server.round)
         coefficients = alpha * mutation_signs(key, members, layers, beta)
-        return Own(coefficients, jnp.zeros((members, 0))), (), {"mutation/drift": coefficients.mean()}
+        drift = coefficients.mean()  # the same in all layers
+        metrics = {"mutation/drift": drift, "mutation/drift_largest": drift}
+        return Own(coefficients, jnp.zeros((members, 0))), (), metrics
 
     return mutating(loss, optimizer, mutate)

@@ -99,6 +99,7 @@ def fedqp(
         raise ConfigurationError(f"max_drift = {max_drift} works with form nearest or box, not {form!r}; leave it out.")
     settings = Correction(form, alpha, margin, drift, max_drift, epsilon)
 
+    @quadratic.full_precision  # inner products rounded to TF32 would be as wrong as the tolerances allow
     def mutate(server: MutationServer, members: int, key: Any) -> tuple[Own, PyTree, dict]:
         if form == "joint":
             quadratic.check_drift(drift, alpha, margin, members)

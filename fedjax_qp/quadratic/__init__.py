@@ -18,9 +18,9 @@ from fedjax_qp.quadratic.geometry import (
     check_drift,
     check_margin,
     cosines,
+    full_precision,
     geometry,
     joint_feasible_range,
-    mean_drift,
 )
 from fedjax_qp.quadratic.joint import joint
 from fedjax_qp.quadratic.references import referenced
@@ -33,10 +33,10 @@ __all__ = [
     "check_drift",
     "check_margin",
     "cosines",
+    "full_precision",
     "geometry",
     "joint",
     "joint_feasible_range",
-    "mean_drift",
     "nearest",
     "referenced",
 ]

@@ -65,11 +65,6 @@ def cosines(coefficients: Float[Array, "M L"], shares: Float[Array, "L"]) -> Flo
     return jnp.where(squared_lengths > 0, coefficients @ shares / lengths, 0)
 
 
-def mean_drift(coefficients: Float[Array, "M L"]) -> Float[Array, "L"]:
-    """The cohort's mean coefficient of each layer. Under uniform averaging it acts as a server momentum."""
-    return coefficients.mean(0)
-
-
 def accepted_residual(dtype: Any) -> float:
     """The largest KKT residual that counts as solved."""
     return 1e-5 if jnp.finfo(dtype).bits == 64 else 1e-4

@@ -9,6 +9,7 @@ from small import run_rounds, small_engine, small_model, worst_difference
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.fedmut import MutationServer, start_model
+from fedjax_qp.algorithms.local import Upload
 from fedjax_qp.federated import Cohort, Params
 from fedjax_qp.registry import ConfigurationError
 
@@ -128,6 +129,38 @@ def test_referenced_mutants_are_acute_with_every_direction(server, references):
     clear = np.linalg.norm(made, axis=1) > 0.05 * ALPHA * np.linalg.norm(g)
     np.testing.assert_allclose(metrics["mutation/cosine_after"][clear], cosines(made, g)[clear], atol=1e-4)
     assert metrics["mutation/drift"] == pytest.approx(made.mean(0) @ g / (g @ g), abs=1e-4)
+
+
+def test_client_references_are_results_minus_the_last_global_model(server):
+    """More reporters than places: the first ones are kept. Fewer: the rest is empty."""
+    params = server.params
+    results = [jax.tree.map(lambda leaf, s=scale: leaf * s, params.trainable) for scale in (1.5, 2.0, 3.0)]
+    differences = [jax.tree.map(jnp.subtract, result, params.trainable) for result in results]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *differences)
+    ones = jnp.ones(3)
+    uploads = Upload(ones, Params(stacked, {}), stacked, ones)
+    for kept in (2, 5):
+        algorithm = algorithms.build("fedqp", None, optax.sgd(0.1), form="references", references_kept=kept)
+        new, _ = algorithm.combine_each(algorithm.init_server(params), uploads, None, None)
+        for index in range(kept):
+            row = jax.tree.map(lambda leaf, i=index: leaf[i], new.references)
+            expected = differences[index] if index < 3 else jax.tree.map(jnp.zeros_like, params.trainable)
+            assert worst_difference(expected, row) == 0
+        assert worst_difference(new.update, jax.tree.map(lambda leaf: leaf.mean(0), stacked)) <= 1e-6
+
+
+def test_history_references_are_the_earlier_updates_newest_first(server):
+    options = {"form": "references", "references": "history", "references_kept": 2}
+    algorithm = algorithms.build("fedqp", None, optax.sgd(0.1), **options)
+    state = algorithm.init_server(server.params)
+    updates = [jax.tree.map(lambda leaf, s=s: leaf * s, server.update) for s in (1.0, 2.0, 3.0, 4.0)]
+    for update in updates:
+        one = jnp.ones(())
+        state, _ = algorithm.combine(state, Upload(one, Params(update, {}), update, one), None)
+    assert worst_difference(updates[3], state.update) == 0
+    for index, expected in enumerate((updates[2], updates[1])):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], state.references)
+        assert worst_difference(expected, row) == 0
 
 
 def test_when_nothing_points_backward_it_is_fedmut():
