@@ -25,7 +25,7 @@ run: $(VENV)/plain
 	$(BIN)/python benchmarks/first_look.py --seed $(SEED)
 
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/with-test
 	$(BIN)/python -m pytest -m slow --timeout 3600
