@@ -24,7 +24,7 @@ METHODS = {
 
 def finished_or_run(file: Path, name: str, overrides: list[str], console: Console) -> Path:
     """Runs, continues or keeps one run; returns its folder."""
-    config = configuration.load(file, [*overrides, f"name={name}"])
+    config = configuration.load(file, [*overrides, f"name={name}", "folder=runs/first-look"])
     if (config.run_folder / "config.yaml").exists():
         resume(config.run_folder, console=console)
     else:
@@ -41,14 +41,12 @@ def main() -> None:
     console = Console()
     started = time.perf_counter()
     folders = [
-        finished_or_run(
-            arguments.config, f"first-look-{label}", [*arguments.overrides, *method, f"seed={arguments.seed}"], console
-        )
+        finished_or_run(arguments.config, label, [*arguments.overrides, *method, f"seed={arguments.seed}"], console)
         for label, method in METHODS.items()
     ]
     runs = comparison.load_runs(folders)
-    console.print(comparison.table(comparison.summary(runs, last=10, target=None, baseline="first-look-FedAvg")))
-    figure = folders[0].parent / "first-look.png"
+    console.print(comparison.table(comparison.summary(runs, last=10, target=None, baseline="FedAvg")))
+    figure = folders[0].parent / "comparison.png"
     plot_comparison(runs, figure)
     console.print(f"figure: {figure}; {time.perf_counter() - started:.0f} s in all")
 

@@ -315,7 +315,7 @@ def _headings(rows: list[Row]) -> list[str]:
     if _any(rows, "drift"):
         headings.append("drift")
     baselines = [row.difference.baseline for row in rows if row.difference is not None]
-    return headings + [f"minus {name}, paired (points)" for name in baselines[:1]]
+    return headings + [f"minus {name} (points)" for name in baselines[:1]]
 
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
@@ -340,8 +340,8 @@ def _any(rows: list[Row], field: str) -> bool:
 def _shown(spread: Spread | None, *, scale: float = 1, sign: str = "") -> str:
     if spread is None:
         return _MISSING
-    std = _MISSING if spread.std is None else f"{scale * spread.std:.2f}"
-    return f"{scale * spread.mean:{sign}.2f} ± {std}"
+    mean = f"{scale * spread.mean:{sign}.2f}"
+    return mean if spread.std is None else f"{mean} ± {scale * spread.std:.2f}"
 
 
 def _notes(rows: list[Row]) -> list[str]:
