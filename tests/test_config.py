@@ -134,6 +134,7 @@ def test_every_config_file_is_valid_and_opens_with_its_command(file):
     resolve(config.load(file))
     head = file.read_text().split("\nname:")[0]
     assert f"fedjax-qp run configs/{file.name}" in head
+    assert "# Time: " in head and "# Expect: " in head
 
 
 def test_differences_name_the_settings():
