@@ -120,7 +120,7 @@ def test_a_non_finite_loss_names_round_and_clients_and_keeps_the_last_checkpoint
 def test_a_divergence_in_the_last_step_is_noticed(tmp_path):
     """The loss is taken before the step: only the update's norm shows this one."""
     loaded = config.load(
-        write(tmp_path, algorithm="fedavg"), ["local.learning_rate=1e39", "local.maximum_steps=1", "rounds=2"]
+        write(tmp_path, algorithm="fedavg"), ["local.learning_rate=1e38", "local.maximum_steps=1", "rounds=2"]
     )
     with pytest.raises(NonFiniteLoss, match="round 1, clients"):
         run(loaded, quiet())
