@@ -8,7 +8,9 @@ Question: how do the methods compare at equal budget on one task, with what spre
     python benchmarks/accuracy.py report --config …                                                    only the tables
 
 Every tuned method gets four settings on the seed that the comparison does not use; the setting with the best mean of the
-last five evaluations is taken. Finished runs are kept, interrupted ones are continued.
+last five evaluations is taken; FedQP's margin stays 0. The comparison adds the ablations of the best form of FedQP:
+FedMut's mutants shifted to the same mean, that mean alone, and FedAvgM with that drift as its momentum. A run that diverged
+is named in the report and counts in no mean. Finished runs are kept, interrupted ones are continued.
 """
 
 import argparse
@@ -71,6 +73,12 @@ def score(folder: Path, last: int) -> float:
     return sum(accuracies[-last:]) / len(accuracies[-last:])
 
 
+def mean_drift(folder: Path) -> float | None:
+    """Mean drift over the rounds that have something to mutate along."""
+    drifts = [line["mutation/drift"] for line in records.read(folder)[1:] if line.get("mutation/drift") is not None]
+    return sum(drifts) / len(drifts) if drifts else None
+
+
 def configure(arguments: argparse.Namespace, phase: str, label: str, method: str, seed: int) -> configuration.Config:
     rounds = arguments.rounds or PHASES[phase][1]
     name = f"{arguments.config.stem}-{phase}-{label}"
@@ -89,27 +97,38 @@ def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
             for index, setting in enumerate(settings)
             for seed in PHASES["tune"][0]
         }
-        ranking = {setting: score(folder, TUNED_LAST) for setting, folder in folders.items()}
-        chosen[method] = max(ranking, key=ranking.__getitem__)
-        scores += [{"method": method, "setting": key, "accuracy": value} for key, value in ranking.items()]
+        rows = [
+            {
+                "method": method,
+                "setting": setting,
+                "accuracy": score(folder, TUNED_LAST),
+                "drift": mean_drift(folder),
+                "diverged": (folder / FAILURE).exists(),
+            }
+            for setting, folder in folders.items()
+        ]
+        chosen[method] = max(rows, key=lambda row: row["accuracy"])["setting"]
+        scores += rows
     write(arguments, "tune", {"chosen": chosen, "scores": scores})
     return chosen
 
 
 def compared(chosen: dict[str, str], scores: list[dict]) -> dict[str, str]:
     """The methods of the comparison: fixed ones, tuned ones, the two best forms of FedQP and the best one's ablations."""
-    best = {row["method"]: max(r["accuracy"] for r in scores if r["method"] == row["method"]) for row in scores}
+    best = {row["method"]: row["accuracy"] for row in scores if row["setting"] == chosen[row["method"]]}
+    drift = {row["method"]: row["drift"] for row in scores if row["setting"] == chosen[row["method"]]}
     forms = sorted(("nearest", "box", "joint", "references"), key=lambda form: -best[form])[:2]
     methods = {**FIXED, "fedavgm": chosen["fedavgm"], "fedmut": chosen["fedmut"]}
     methods |= {f"fedqp-{form}": chosen[form] for form in forms}
-    return methods | {
-        f"fedqp-{forms[0]}-{use}": f"{chosen[forms[0]]} algorithm.use={use}" for use in ("shifted", "drift")
-    }
+    methods |= {f"fedqp-{forms[0]}-{use}": f"{chosen[forms[0]]} algorithm.use={use}" for use in ("shifted", "drift")}
+    momentum = min(max(drift[forms[0]], 0), 0.99)
+    same_drift = f"algorithm=fedavgm algorithm.weighting=uniform algorithm.momentum={momentum:.2f}"
+    return methods | {"fedavgm-same-drift": same_drift}
 
 
 def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str, str], console: Console) -> None:
     """Seed by seed, so that an unfinished comparison is still paired."""
-    folders = []
+    folders, diverged = [], []
     for seed in arguments.seeds or PHASES[phase][0]:
         for label, method in methods.items():
             config = configure(arguments, phase, label, method, seed)
@@ -117,17 +136,23 @@ def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str
                 complete(config, console)
             if _is_finished(config.run_folder, config.rounds):
                 folders.append(config.run_folder)
-    report(arguments, phase, folders, console)
+            elif (config.run_folder / FAILURE).exists():
+                diverged.append(config.run_folder.name)
+    report(arguments, phase, folders, diverged, console)
 
 
-def report(arguments: argparse.Namespace, phase: str, folders: list[Path], console: Console) -> None:
+def report(
+    arguments: argparse.Namespace, phase: str, folders: list[Path], diverged: list[str], console: Console
+) -> None:
+    """Table, figure and curves of the finished runs, with the diverged ones named."""
     if not folders:
         return
     runs = comparison.load_runs(folders)
     rows = comparison.summary(runs, last=LAST, target=None, baseline=f"{arguments.config.stem}-{phase}-fedavg-uniform")
     console.print(comparison.table(rows))
     stem = _results(arguments, phase)
-    stem.with_suffix(".md").write_text(comparison.to_markdown(rows))
+    note = f"\nDiverged, and in no mean: {', '.join(diverged)}.\n" if diverged else ""
+    stem.with_suffix(".md").write_text(comparison.to_markdown(rows) + note)
     stem.with_suffix(".json").write_text(comparison.to_json(rows))
     plot_comparison(runs, stem.with_suffix(".png"))
     with stem.with_suffix(".csv").open("w", newline="") as file:
