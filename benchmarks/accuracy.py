@@ -196,8 +196,8 @@ def main() -> None:
     methods = compared(tuned["chosen"], tuned["scores"])
     if arguments.methods:
         methods = {label: methods[label] for label in arguments.methods}
-    best_form = next(label for label in methods if label.startswith("fedqp-"))
-    long = {label: methods[label] for label in ("fedavg-uniform", "fedmut", best_form) if label in methods}
+    forms = [label for label in methods if label.startswith("fedqp-")]
+    long = {label: methods[label] for label in ("fedavg-uniform", "fedmut", *forms[:1]) if label in methods}
     for phase in ("main", "long") if arguments.only_report else (arguments.phase,):
         compare_methods(arguments, phase, long if phase == "long" else methods, console)
 
