@@ -148,7 +148,9 @@ def report(
     if not folders:
         return
     runs = comparison.load_runs(folders)
-    rows = comparison.summary(runs, last=LAST, target=None, baseline=f"{arguments.config.stem}-{phase}-fedavg-uniform")
+    wanted = f"{arguments.config.stem}-{phase}-fedavg-uniform"
+    baseline = wanted if any(method.label == wanted for method in comparison.methods(runs)) else None
+    rows = comparison.summary(runs, last=LAST, target=None, baseline=baseline)
     console.print(comparison.table(rows))
     stem = _results(arguments, phase)
     note = f"\nDiverged, and in no mean: {', '.join(diverged)}.\n" if diverged else ""
