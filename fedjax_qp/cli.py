@@ -1,4 +1,4 @@
-"""The command line: `fedjax-qp run | resume | compare | list`."""
+"""The command line: `fedjax-qp run | resume | compare | adapters | answer | list`."""
 
 import sys
 import warnings
@@ -78,6 +78,13 @@ def compare(
       output: files are written to this path with the endings .md, .json and .png.
     """
     from fedjax_qp import compare as comparison
+    from fedjax_qp.compare_personal import (
+        has_personal,
+        personal_json,
+        personal_markdown,
+        personal_summary,
+        personal_table,
+    )
     from fedjax_qp.plots import plot_comparison
 
     loaded = comparison.load_runs(list(runs))
@@ -90,19 +97,78 @@ def compare(
     files["json"].write_text(comparison.to_json(rows))
     plot_comparison(loaded, files["png"])
     console.print(f"figure: {files['png']}")
+    if has_personal(loaded):
+        personal = personal_summary(loaded, baseline=baseline)
+        console.print(personal_table(personal))
+        output.with_name(f"{output.name}-clients.md").write_text(personal_markdown(personal))
+        output.with_name(f"{output.name}-clients.json").write_text(personal_json(personal))
+    return 0
+
+
+def adapters(
+    run: Positional[Path], *, output: Path | None = None, view: Literal["aggregated", "tuned"] = "aggregated"
+) -> int:
+    """Writes every client's adapter of an instruction-tuning run as a PEFT folder.
+
+    Args:
+      run: the run's folder.
+      output: where the folders go; default `adapters` in the run's folder.
+      view: as after the last aggregation, or as the client left its own training.
+    """
+    from fedjax_qp.adapters import export_clients
+    from fedjax_qp.run import restore
+
+    experiment, state = restore(run)
+    written = export_clients(experiment, state, output or run / "adapters", view)
+    Console().print(f"{len(written)} adapters: {written[0].parent}")
+    return 0
+
+
+def answer(
+    run: Positional[Path],
+    instructions: Positional[tuple[str, ...]],
+    *,
+    client: int | None = None,
+    view: Literal["aggregated", "tuned"] = "aggregated",
+    new_tokens: int = 64,
+) -> int:
+    """Prints what a run's model answers to instructions.
+
+    Args:
+      run: the run's folder.
+      instructions: one or more questions.
+      client: whose model; default the server's.
+      view: as after the last aggregation, or as the client left its own training.
+      new_tokens: longest answer.
+    """
+    from fedjax_qp.adapters import answer as answers_of
+    from fedjax_qp.adapters import client_params, language_of
+    from fedjax_qp.run import restore
+
+    experiment, state = restore(run)
+    params = client_params(experiment, state, client, view)
+    template = experiment.config.text.template
+    found = answers_of(language_of(experiment), params, instructions, template=template, new_tokens=new_tokens)
+    for instruction, text in zip(instructions, found, strict=True):
+        Console().print(f"[bold]{instruction}[/bold]\n{text}\n")
     return 0
 
 
 def list_parts(kind: Positional[Literal["all", "algorithms", "data", "partitions", "models"]] = "all") -> int:
     """Lists algorithms, data sources, partitions and models with their options and defaults."""
     from fedjax_qp.algorithms import algorithms
-    from fedjax_qp.data import partitions, sources
-    from fedjax_qp.models import models
+    from fedjax_qp.data import instruction_sources, partitions, sources
+    from fedjax_qp.models import language_models, models
 
-    registries = {"algorithms": algorithms, "data": sources, "partitions": partitions, "models": models}
+    registries = {
+        "algorithms": (algorithms,),
+        "data": (sources, instruction_sources),
+        "partitions": (partitions,),
+        "models": (models, language_models),
+    }
     console = Console()
-    for name, registry in registries.items():
-        if kind in ("all", name):
+    for name, some in registries.items():
+        for registry in some if kind in ("all", name) else ():
             console.print(_listing(registry))
     return 0
 
@@ -122,7 +188,14 @@ def _listing(registry: Registry) -> Table:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; configuration errors end with one readable line and status 2."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    commands = {"run": run, "resume": resume, "compare": compare, "list": list_parts}
+    commands = {
+        "run": run,
+        "resume": resume,
+        "compare": compare,
+        "adapters": adapters,
+        "answer": answer,
+        "list": list_parts,
+    }
     try:
         status = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="fedjax-qp")
     except ConfigurationError as error:

@@ -183,7 +183,7 @@ def _finished(run: Run) -> int:
 
 def _row(method: Method, base: Method | None, reference: Method, last: int, target: float | None) -> Row:
     def over_seeds(quantity: Callable[[Run], float | None]) -> Spread | None:
-        return _spread([quantity(run) for run in method.runs])
+        return spread([quantity(run) for run in method.runs])
 
     def accuracy(run: Run) -> float | None:
         return _mean(_evaluations(run)[-last:])
@@ -203,7 +203,8 @@ def _row(method: Method, base: Method | None, reference: Method, last: int, targ
     )
 
 
-def _spread(values: Iterable[float | None]) -> Spread | None:
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Mean and sample standard deviation of what is there; None where nothing is."""
     present = [value for value in values if value is not None]
     if not present:
         return None
@@ -223,7 +224,7 @@ def _difference(method: Method, base: Method, accuracy: Callable[[Run], float | 
     theirs = {_seed(run): accuracy(run) for run in base.runs}
     pairs = [(accuracy(run), theirs.get(_seed(run))) for run in method.runs]
     points = [None if ours is None or other is None else 100 * (ours - other) for ours, other in pairs]
-    return Difference(base.label, _spread(points))
+    return Difference(base.label, spread(points))
 
 
 def _unequal(method: Method, reference: Method) -> list[str]:

@@ -43,6 +43,19 @@ class Local:
 
 
 @dataclass(frozen=True)
+class Text:
+    """How records become token sequences; only for instruction data."""
+
+    template: Literal["alpaca", "short", "chat"] = "alpaca"
+    train_on: Literal["response", "all"] = "response"  # the tokens that count in the loss
+    cut_off: Annotated[int, Field(ge=2)] = 512  # tokens of a record, prompt included; also the sequences' length
+    longer: Literal["cut", "drop"] = "cut"  # what happens to a longer record; the end is cut off
+    pack: bool = True  # several records in a sequence, each seeing only itself
+    test_records: Count = 16  # held out by each client
+    train_records: Count | None = None  # at most so many for each client; null = all the others
+
+
+@dataclass(frozen=True)
 class Participation:
     """Who takes part in a round."""
 
@@ -91,6 +104,7 @@ class Config:
     rounds: Count = 100
     folder: str = "runs"
     local: Local = dataclasses.field(default_factory=Local)
+    text: Text = dataclasses.field(default_factory=Text)
     participation: Participation = dataclasses.field(default_factory=Participation)
     engine: Engine = dataclasses.field(default_factory=Engine)
     evaluation: Evaluation = dataclasses.field(default_factory=Evaluation)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import subprocess
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -10,41 +11,57 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
-from jaxtyping import Int, PyTree
+from jaxtyping import PyTree
 
 from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Local, Part
-from fedjax_qp.data import Dataset, check_partition, label_counts, partitions, sources
-from fedjax_qp.engine import Engine, cut_test_set, make_engine
+from fedjax_qp.data import check_partition, instruction_sources, partitions, sources
+from fedjax_qp.engine import Engine, make_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state
-from fedjax_qp.models import models
-from fedjax_qp.models.classifier import classifier
-from fedjax_qp.plan import Workload
-from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.models import language_models, models
+from fedjax_qp.plan import Workload, client_steps
+from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
+from fedjax_qp.tasks import Task, image_task, instruction_task
 
 
 class Experiment(NamedTuple):
     """A run, ready to start."""
 
     config: Config  # resolved: every option of every part is filled in
-    dataset: Dataset
+    task: Task
     work: Workload
-    counts: Int[np.ndarray, "K C"]  # training examples per client and class
-    model: Model
     algorithm: Algorithm
 
+    @property
+    def model(self) -> Model:
+        return self.task.model
 
-_REGISTRIES: dict[str, Registry] = {"data": sources, "partition": partitions, "model": models, "algorithm": algorithms}
+
+_REGISTRIES: dict[str, tuple[Registry, ...]] = {
+    "data": (sources, instruction_sources),
+    "partition": (partitions,),
+    "model": (models, language_models),
+    "algorithm": (algorithms,),
+}
 
 
 def resolve(config: Config) -> Config:
     """Fills in the options of all parts; unknown or ill-typed ones are errors."""
     parts = {}
-    for key, registry in _REGISTRIES.items():
+    for key in _REGISTRIES:
         part: Part = getattr(config, key)
-        parts[key] = Part(part.name, registry.resolve(part.name, part.options))
+        parts[key] = Part(part.name, _registry(key, part.name).resolve(part.name, part.options))
     return dataclasses.replace(config, **parts)
+
+
+def _registry(key: str, name: str) -> Registry:
+    """The registry that has a name."""
+    found = [registry for registry in _REGISTRIES[key] if name in registry.names()]
+    if not found:
+        kind = _REGISTRIES[key][0].kind
+        raise unknown_name(kind, name, [name for registry in _REGISTRIES[key] for name in registry.names()])
+    return found[0]
 
 
 def local_optimizer(local: Local) -> optax.GradientTransformation:
@@ -70,27 +87,51 @@ def build(config: Config) -> Experiment:
     """
     config = resolve(config)
     _check_devices(config)
-    algorithm_part, model_part = config.algorithm, config.model
     optimizer = local_optimizer(config.local)
-    # Built once without a loss, so that bad hyper-parameters show up before the data is read.
-    algorithms[algorithm_part.name](lambda *_: None, optimizer, **algorithm_part.options)
-    dataset: Dataset = sources[config.data.name](**config.data.options)
+    algorithm_of = partial(algorithms[config.algorithm.name], optimizer=optimizer, **config.algorithm.options)
+    # Built once without a model, so that bad hyper-parameters show up before the data is read.
+    algorithm_of(Model(init=_no_model, loss=_no_model, evaluate=_no_model))
+    task = _build_task(config)
+    if config.participation.cohort > len(task.parts):
+        raise ConfigurationError(
+            f"participation.cohort = {config.participation.cohort} is more than the {len(task.parts)} clients there are: "
+            f"choose 1 to {len(task.parts)}, or more clients in the partition."
+        )
+    algorithm = algorithm_of(task.model)
+    _check_dispatch(task.model, algorithm, config.participation.cohort)
+    work = Workload(
+        task.parts, config.participation, config.local, config.seed, task.sizes, preparation=algorithm.preparation
+    )
+    _check_preparation(work)
+    if task.personal is not None and config.engine.client_store == "host":
+        raise ConfigurationError(
+            "engine.client_store = 'host' keeps most clients off the device, but this task tests every client there: "
+            "choose 'device'."
+        )
+    return Experiment(config, task, work, algorithm)
+
+
+def _build_task(config: Config) -> Task:
+    """Reads the data, deals it to the clients, and makes what the engine takes."""
+    kind = _registry("data", config.data.name)
+    of_language = _registry("model", config.model.name) is language_models
+    if (kind is instruction_sources) != of_language:
+        fitting = language_models if kind is instruction_sources else models
+        raise ConfigurationError(
+            f"model = {config.model.name!r} does not fit data = {config.data.name!r}: choose one of "
+            f"{', '.join(fitting.names())}."
+        )
+    dataset = kind[config.data.name](**config.data.options)
     generator = np.random.default_rng((config.seed, 0))
     parts = partitions[config.partition.name](dataset, generator, **config.partition.options)
     check_partition(parts, dataset)
-    if config.participation.cohort > len(parts):
-        raise ConfigurationError(
-            f"participation.cohort = {config.participation.cohort} is more than the {len(parts)} clients there are: "
-            f"choose 1 to {len(parts)}, or more clients in the partition."
-        )
-    shape = dataset.train.inputs.shape[1:]
-    build_net = models[model_part.name](shape, dataset.classes, **model_part.options)
-    model = classifier(build_net, mean=dataset.mean, std=dataset.std, classes=dataset.classes)
-    algorithm = algorithms[algorithm_part.name](model.loss, optimizer, **algorithm_part.options)
-    _check_dispatch(model, algorithm, config.participation.cohort)
-    counts = label_counts(parts, np.asarray(dataset.train.labels), dataset.classes)
-    work = Workload(parts, config.participation, config.local, config.seed)
-    return Experiment(config, dataset, work, counts, model, algorithm)
+    if not of_language:
+        return image_task(config, dataset, parts)
+    return instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
+
+
+def _no_model(*arguments: object) -> None:
+    raise AssertionError("a model's functions are not called when an algorithm is built")
 
 
 def start_engine(experiment: Experiment) -> Engine:
@@ -99,9 +140,10 @@ def start_engine(experiment: Experiment) -> Engine:
     return make_engine(
         experiment.algorithm,
         experiment.model,
-        frozen=(),
-        train=experiment.dataset.train,
-        test=cut_test_set(experiment.dataset.test, experiment.config.evaluation.batch_size),
+        frozen=experiment.task.frozen,
+        train=experiment.task.train,
+        test=experiment.task.test,
+        personal=experiment.task.personal,
         seed=experiment.config.seed,
         parallel=engine.parallel,
         devices=engine.devices,
@@ -130,10 +172,22 @@ def _check_dispatch(model: Model, algorithm: Algorithm, members: int) -> None:
     """Traces the dispatch on shapes alone: limits that depend on the cohort's size show up now, not in round 1."""
 
     def dispatch(key: jax.Array) -> tuple:
-        one = jax.numpy.ones(members)
-        return algorithm.dispatch(algorithm.init_server(model.init(key)), Cohort(one, one, one), key)
+        number, size = jax.numpy.ones(members, int), jax.numpy.ones(members)
+        return algorithm.dispatch(algorithm.init_server(model.init(key)), Cohort(number, size, number), key)
 
     jax.eval_shape(dispatch, jax.random.key(0))
+
+
+def _check_preparation(work: Workload) -> None:
+    """A preparation counts as local steps, so it must leave some: otherwise the method would work more than others."""
+    if work.preparation is None or work.preparation.charged == 0:
+        return
+    fewest, client = min((client_steps(len(part), work.local), client) for client, part in enumerate(work.parts))
+    if work.preparation.charged >= fewest:
+        raise ConfigurationError(
+            f"algorithm.warm_up = {work.preparation.charged} takes all {fewest} local steps of client {client}: choose 0 to "
+            f"{fewest - 1}, or more local.epochs or a smaller local.batch_size."
+        )
 
 
 def _check_devices(config: Config) -> None:

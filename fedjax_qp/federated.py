@@ -8,6 +8,10 @@ A round is server → clients → server:
     upload, memory, metrics = finish(shared, own, carry, memory, client)      ... and reports
     server, metrics = combine(server, total, key)              `total` is the sum of the uploads
 
+A method with heavy work of its own before training (PerFIT's search) adds
+
+    memory = prepare(frozen, shared, own, memory, batches, key)        in the rounds that its `Preparation` names
+
 An algorithm is these pure functions and nothing else. It never sees lanes, devices or padding: `engine` interleaves the
 clients of a cohort, adds up their uploads and carries their memories. A method that must see every single upload gives
 `combine_each` in place of `combine`.
@@ -15,11 +19,11 @@ clients of a cohort, adds up their uploads and carries their memories. A method 
 A complete method, to be put into a file of `algorithms/` (plain averaging; `optimizer` is an optax transformation):
 
     @algorithms.register
-    def plain_average(loss, optimizer) -> Algorithm:
+    def plain_average(model, optimizer) -> Algorithm:
         def step(frozen, shared, carry, batch, key):
             params, state, total = carry
-            gradient_of = jax.value_and_grad(lambda t: loss(frozen, params._replace(trainable=t), batch, key), has_aux=True)
-            (value, statistics), gradient = gradient_of(params.trainable)
+            objective = lambda trainable: model.loss(frozen, params._replace(trainable=trainable), batch, key)
+            (value, statistics), gradient = jax.value_and_grad(objective, has_aux=True)(params.trainable)
             updates, state = optimizer.update(gradient, state, params.trainable)
             return Params(optax.apply_updates(params.trainable, updates), statistics), state, total + value
 
@@ -57,6 +61,7 @@ class Params(NamedTuple):
 
     trainable: PyTree
     statistics: PyTree  # batch-norm running means and variances; () where there are none
+    masks: PyTree = ()  # which entries of `trainable` this client has: the same tree of bools; () where it has all
 
 
 class Batch(NamedTuple):
@@ -72,6 +77,7 @@ class Model(NamedTuple):
     init: Callable  # (key) -> Params
     loss: Callable  # (frozen, Params, Batch, key) -> (mean loss over the mask, new statistics)
     evaluate: Callable  # (frozen, Params, Batch) -> dict of sums over the mask
+    merge: Callable | None = None  # (frozen, trainable) -> frozen with the adapters folded in, where there are adapters
 
 
 class Cohort(NamedTuple):
@@ -98,6 +104,14 @@ class FederatedState(NamedTuple):
     clients: PyTree  # client memories, leading axis K (or the rows in use, see `engine`); () where there are none
 
 
+class Preparation(NamedTuple):
+    """When a method wants `prepare` to run, and on how much data."""
+
+    batches: int  # batches that each client's `prepare` gets
+    every: int | None = None  # rounds after which it runs anew; None = once, in the first round a client takes part in
+    charged: int = 0  # local steps that it counts for, taken off the same round's training
+
+
 class Algorithm(NamedTuple):
     """One federated method as pure functions; see the module docstring for the order of the calls.
 
@@ -114,6 +128,9 @@ class Algorithm(NamedTuple):
     serve: Callable  # (server, memory) -> Params to evaluate a client with
     combine: Callable | None = None  # (server, total, key) -> (server, metrics)
     combine_each: Callable | None = None  # (server, uploads[M, ...], Cohort, key) -> (server, metrics)
+    prepare: Callable | None = None  # (frozen, shared, own, memory, Batch[batches, B], key) -> memory
+    preparation: Preparation | None = None  # with `prepare`
+    tuned: Callable | None = None  # (server, memory) -> Params as the client itself left them, where memory keeps them
 
 
 class RoundKeys(NamedTuple):
@@ -127,6 +144,9 @@ class RoundKeys(NamedTuple):
 def round_keys(key: Key[Array, ""], round: Int[Array, ""]) -> RoundKeys:
     """Keys are a function of (seed, round) alone, so that a resumed run draws what the uninterrupted one would have."""
     return RoundKeys(*jax.random.split(jax.random.fold_in(key, round), 3))
+
+
+PREPARATION = 2**32 - 1  # in the place of the local step: the key of a client's `prepare`
 
 
 def client_key(key: Key[Array, ""], client: Int[Array, ""], local_step: Int[Array, ""] | int) -> Key[Array, ""]:
@@ -150,11 +170,18 @@ def init_state(algorithm: Algorithm, params: Params, clients: int) -> FederatedS
 
 
 def federated_round(
-    algorithm: Algorithm, run_clients: Callable, state: FederatedState, cohort: Cohort, rows: Int[Array, "M"], key: Any
+    algorithm: Algorithm,
+    prepare_clients: Callable,
+    run_clients: Callable,
+    state: FederatedState,
+    cohort: Cohort,
+    rows: Int[Array, "M"],
+    key: Any,
 ) -> tuple[FederatedState, dict[str, Array]]:
     """One round: the whole of federated learning in a few lines.
 
     Args:
+      prepare_clients: `(shared, own, memories, key) -> memories`, the engine's parallel `prepare` of those who are due.
       run_clients: `(shared, own, memories, key) -> (collected, memories, metrics)`, the engine's parallel training of
         the cohort; `collected` is the sum of the uploads, or all of them [M, ...] for `combine_each`.
       rows: where each cohort member's memory lies in `state.clients`.
@@ -165,6 +192,8 @@ def federated_round(
     keys = round_keys(key, state.round)
     shared, own, dispatch_metrics = algorithm.dispatch(state.server, cohort, keys.dispatch)
     memories = jax.tree.map(lambda leaf: leaf[rows], state.clients)
+    if algorithm.prepare is not None:
+        memories = prepare_clients(shared, own, memories, keys.clients)
     collected, memories, client_metrics = run_clients(shared, own, memories, keys.clients)
     if algorithm.combine_each is not None:
         server, metrics = algorithm.combine_each(state.server, collected, cohort, keys.combine)

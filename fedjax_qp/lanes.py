@@ -82,6 +82,9 @@ def _trial_plan(experiment: Experiment, lanes: int, steps: int) -> Plan:
         parts=parts,
         participation=dataclasses.replace(work.participation, dropout=0.0, stragglers=0.0, cohort=len(parts)),
         local=dataclasses.replace(work.local, epochs=1, maximum_steps=max(_STEPS)),
+        sizes=None,
+        preparation=work.preparation and work.preparation._replace(charged=0),
     )
     plan = plan_chunk(trial, 0, 1, capacity=1, lanes=lanes, evaluate_every=2, last_round=2)
-    return plan._replace(lanes=plan.lanes._replace(steps=np.full((lanes, 1), steps, np.int32)))
+    nobody = plan.preparations._replace(turns=np.zeros((lanes, 1), np.int32))  # a round's preparation is no step
+    return plan._replace(lanes=plan.lanes._replace(steps=np.full((lanes, 1), steps, np.int32)), preparations=nobody)

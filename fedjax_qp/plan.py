@@ -14,10 +14,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from fedjax_qp.config import Local, Participation
-from fedjax_qp.federated import Cohort
+from fedjax_qp.federated import Cohort, Preparation
 
 IDLE = -1  # a lane without a client, and a padded example
-_COHORT, _BATCHES = 0, 1  # separate streams of random numbers, so that a change of one does not shift the other
+_COHORT, _BATCHES, _PREPARATION = (
+    0,
+    1,
+    2,
+)  # separate streams of random numbers, so that a change of one does not shift the other
 
 
 class Lanes(NamedTuple):
@@ -29,12 +33,21 @@ class Lanes(NamedTuple):
     steps: Int[Array | np.ndarray, "L R"]  # steps in use
 
 
+class Preparations(NamedTuple):
+    """Who prepares in which round: U turns of one client a lane, each with P batches. U = 0 where nobody ever does."""
+
+    slots: Int[Array | np.ndarray, "L R U"]  # position in the cohort, or IDLE
+    examples: Int[Array | np.ndarray, "L R U P B"]  # indices of training examples; IDLE is padding
+    turns: Int[Array | np.ndarray, "L R"]  # turns in use
+
+
 class Plan(NamedTuple):
     """One chunk of R rounds, ready for the device."""
 
     cohorts: Cohort  # arrays [R, M]
     rows: Int[Array | np.ndarray, "R M"]  # where the cohort's memories lie in the client store
     lanes: Lanes
+    preparations: Preparations
     evaluate: Bool[Array | np.ndarray, "R"]
     rounds: Int[Array | np.ndarray, ""]  # rounds in use, ≤ R
 
@@ -46,6 +59,8 @@ class Workload(NamedTuple):
     participation: Participation
     local: Local
     seed: int
+    sizes: list[int] | None = None  # per client, its weight by size; None = its number of training examples
+    preparation: Preparation | None = None  # of methods that prepare their clients
 
 
 def client_steps(size: int, local: Local) -> int:
@@ -59,8 +74,8 @@ def sample_cohort(work: Workload, round: int) -> Cohort:
     settings = work.participation
     generator = np.random.default_rng((work.seed, round, _COHORT))
     clients = generator.choice(len(work.parts), settings.cohort, replace=False)
-    sizes = np.array([len(work.parts[client]) for client in clients])
-    steps = np.array([client_steps(size, work.local) for size in sizes])
+    sizes = np.array([len(work.parts[client]) if work.sizes is None else work.sizes[client] for client in clients])
+    steps = np.array([client_steps(len(work.parts[client]), work.local) for client in clients])
     drops, lags = generator.random((2, settings.cohort))
     partial = np.maximum(1, np.ceil(steps * settings.straggler_work)).astype(steps.dtype)
     steps = np.where(lags < settings.stragglers, partial, steps)
@@ -68,10 +83,27 @@ def sample_cohort(work: Workload, round: int) -> Cohort:
     return Cohort(clients.astype(np.int32), sizes.astype(np.float32), steps.astype(np.int32))
 
 
-def client_batches(work: Workload, round: int, client: int, steps: int) -> Int[np.ndarray, "S B"]:
+def taken_part(work: Workload, first_round: int, end: int) -> set[int]:
+    """Clients who reported in at least one of the rounds `first_round` … `end` − 1."""
+    cohorts = [sample_cohort(work, round) for round in range(first_round, end)]
+    return {int(client) for cohort in cohorts for client in cohort.clients[cohort.steps > 0]}
+
+
+def due(work: Workload, round: int, cohort: Cohort) -> Bool[np.ndarray, "M"]:
+    """Who of a cohort prepares in this round: those who have not taken part since preparations last began anew."""
+    if work.preparation is None:
+        return np.zeros(len(cohort.clients), bool)
+    every = work.preparation.every
+    seen = taken_part(work, 0 if every is None else round // every * every, round)
+    return np.asarray(cohort.steps > 0) & ~np.isin(cohort.clients, list(seen))
+
+
+def client_batches(
+    work: Workload, round: int, client: int, steps: int, stream: int = _BATCHES
+) -> Int[np.ndarray, "S B"]:
     """Indices of the examples of a client's first `steps` batches; each epoch is a new permutation."""
     part, size = work.parts[client], work.local.batch_size
-    generator = np.random.default_rng((work.seed, round, _BATCHES, client))
+    generator = np.random.default_rng((work.seed, round, stream, client))
     per_epoch = -(-len(part) // size)
     epochs = -(-steps // per_epoch)
     batches = np.full((epochs, per_epoch * size), IDLE, np.int32)
@@ -134,14 +166,20 @@ def plan_chunk(
         np.full((lanes, capacity, bound, batch), IDLE, np.int32),
         np.zeros((lanes, capacity), np.int32),
     )
+    preparations = _no_preparations(work, capacity, lanes)
     for index in range(rounds):
         cohort = sample_cohort(work, first_round + index)
+        prepares = due(work, first_round + index, cohort)
+        if work.preparation is not None:
+            fewer = np.maximum(cohort.steps - work.preparation.charged, 1)
+            cohort = cohort._replace(steps=np.where(prepares, fewer, cohort.steps).astype(np.int32))
+            _fill_preparations(preparations, work, cohort, prepares, first_round + index, index)
         for whole, part in zip(cohorts, cohort, strict=True):
             whole[index] = part
         _fill_lanes(work_lanes, work, cohort, first_round + index, index)
     numbers = first_round + 1 + np.arange(capacity)
     evaluate = (numbers % evaluate_every == 0) | (numbers == last_round)
-    return Plan(cohorts, cohorts.clients.copy(), work_lanes, evaluate, np.array(rounds, np.int32))
+    return Plan(cohorts, cohorts.clients.copy(), work_lanes, preparations, evaluate, np.array(rounds, np.int32))
 
 
 def _fill_lanes(lanes: Lanes, work: Workload, cohort: Cohort, round: int, index: int) -> None:
@@ -155,3 +193,25 @@ def _fill_lanes(lanes: Lanes, work: Workload, cohort: Cohort, round: int, index:
             lanes.examples[lane, index, span] = client_batches(work, round, int(cohort.clients[slot]), steps)
             position += steps
         lanes.steps[lane, index] = position
+
+
+def _no_preparations(work: Workload, capacity: int, lanes: int) -> Preparations:
+    turns = -(-work.participation.cohort // lanes) if work.preparation is not None else 0
+    batches = work.preparation.batches if work.preparation is not None else 0
+    return Preparations(
+        np.full((lanes, capacity, turns), IDLE, np.int32),
+        np.full((lanes, capacity, turns, batches, work.local.batch_size), IDLE, np.int32),
+        np.zeros((lanes, capacity), np.int32),
+    )
+
+
+def _fill_preparations(
+    preparations: Preparations, work: Workload, cohort: Cohort, prepares: np.ndarray, round: int, index: int
+) -> None:
+    lanes, _, _, batches, _ = preparations.examples.shape
+    for position, slot in enumerate(np.flatnonzero(prepares)):
+        turn, lane = divmod(position, lanes)
+        client = int(cohort.clients[slot])
+        preparations.slots[lane, index, turn] = slot
+        preparations.examples[lane, index, turn] = client_batches(work, round, client, batches, _PREPARATION)
+        preparations.turns[lane, index] = turn + 1

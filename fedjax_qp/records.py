@@ -2,13 +2,17 @@
 
 A record is a dict: "round" (from 1), "train_loss", "reporting" (clients), "local_steps" (their sum), every metric of
 the algorithm under its own name, and in rounds with an evaluation "test_loss", "test_accuracy", "class_accuracy" and
-"client_accuracy". A number that is not finite is written as null, so that the file is valid JSON. Nothing in it depends
-on the clock: two runs that compute the same bits write the same bytes.
+"client_accuracy". Where clients have tests of their own, "personal" (each client's model after the last aggregation) and
+"tuned" (as the client left it) hold loss, perplexity and accuracy: spread over the clients that have taken part so far, the
+mean over those that have not ("unseen"), and the numbers of all clients.
+
+A number that is not finite is written as null, so that the file is valid JSON. Nothing in it depends on the clock: two runs
+that compute the same bits write the same bytes.
 """
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,36 +25,42 @@ from fedjax_qp.plan import Plan
 from fedjax_qp.registry import ConfigurationError
 
 FILE = "records.jsonl"
+VIEWS = ("personal", "tuned")
 _QUANTILES = {"q05": 0.05, "q10": 0.10, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q90": 0.90, "q95": 0.95}
 
 # --- from metrics to records ------------------------------------------------------------------------------------------
 
 
 def chunk_records(
-    metrics: dict[str, np.ndarray], plan: Plan, first_round: int, label_shares: Float[np.ndarray, "K C"]
+    metrics: dict[str, np.ndarray],
+    plan: Plan,
+    first_round: int,
+    label_shares: Float[np.ndarray, "K C"],
+    seen: Set[int] = frozenset(),
 ) -> list[dict]:
     """Turns the metrics of one chunk into records.
 
     Args:
       metrics: from `Engine.run`, on the host: arrays [R, ...], those named "client/…" [R, M, ...]. Sums over the test
-        set are "test/loss" [R], "test/correct" [R, C] and "test/count" [R, C].
+        set are "test/loss" [R], "test/correct" [R, C] and "test/count" [R, C]; over the clients' own tests likewise
+        "personal/…" and "tuned/…" [R, K, …].
       plan: the plan that was run; its first `plan.rounds` rows are in use.
       first_round: number of rounds finished before the chunk.
       label_shares: share of each class in each client's training examples; rows sum to 1.
+      seen: clients that have taken part in earlier rounds.
 
     Returns:
       One record per round in use; see the module docstring. Means over clients leave out those that dropped out.
     """
-    return [
-        _record(
-            {name: values[index] for name, values in metrics.items()},
-            plan,
-            index,
-            first_round + index + 1,
-            label_shares,
-        )
-        for index in range(int(plan.rounds))
-    ]
+    records, seen = [], set(seen)
+    for index in range(int(plan.rounds)):
+        row = {name: values[index] for name, values in metrics.items()}
+        seen |= {int(client) for client in np.asarray(plan.cohorts.clients[index])[_reporting(plan, index)]}
+        record = _record(row, plan, index, first_round + index + 1, label_shares)
+        if bool(plan.evaluate[index]):
+            record |= {view: _view(row, view, seen) for view in VIEWS if f"{view}/loss" in row}
+        records.append(record)
+    return records
 
 
 def nonfinite_clients(metrics: dict[str, np.ndarray], plan: Plan, first_round: int) -> tuple[int, list[int]] | None:
@@ -105,7 +115,7 @@ def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, labe
                 else np.full(value.shape[1:], np.nan)
             )
             record["train_loss" if name == "client/loss" else name] = _plain(mean)
-        elif not name.startswith("test/"):
+        elif not name.startswith(("test/", *(f"{view}/" for view in VIEWS))):
             record[name] = _plain(value)
     if bool(plan.evaluate[index]) and "test/count" in row:
         record |= _test_entries(row, label_shares)
@@ -135,14 +145,30 @@ def _client_accuracy(
     covered = label_shares[:, tested].sum(axis=1)
     accuracies = _quotient(label_shares[:, tested] @ by_class[tested], covered)
     accuracies = accuracies[np.isfinite(accuracies)]
-    if not len(accuracies):
-        return dict.fromkeys(("mean", *_QUANTILES, "min"))
-    quantiles = np.quantile(accuracies, list(_QUANTILES.values()))
-    return {
-        "mean": _plain(accuracies.mean()),
-        **{name: _plain(value) for name, value in zip(_QUANTILES, quantiles, strict=True)},
-        "min": _plain(accuracies.min()),
-    }
+    return _spread(accuracies)
+
+
+def _spread(values: Float[np.ndarray, "K"]) -> dict[str, float | None]:
+    """Mean, quantiles and extremes."""
+    if not len(values):
+        return dict.fromkeys(("mean", *_QUANTILES, "min", "max"))
+    quantiles = np.quantile(values, list(_QUANTILES.values()))
+    named = {name: _plain(value) for name, value in zip(_QUANTILES, quantiles, strict=True)}
+    return {"mean": _plain(values.mean()), **named, "min": _plain(values.min()), "max": _plain(values.max())}
+
+
+def _view(row: dict[str, np.ndarray], view: str, seen: set[int]) -> dict:
+    """One view of the clients' models, each on its own tests."""
+    loss, correct, count = (np.asarray(row[f"{view}/{name}"], np.float64) for name in ("loss", "correct", "count"))
+    of_client = {"loss": _quotient(loss, count.sum(-1)), "accuracy": _quotient(correct.sum(-1), count.sum(-1))}
+    of_client["perplexity"] = np.exp(of_client["loss"])
+    took_part = np.isin(np.arange(len(loss)), list(seen))
+    entries: dict[str, Any] = {}
+    for name, values in of_client.items():
+        known, unseen = (values[np.isfinite(values) & group] for group in (took_part, ~took_part))
+        entries[name] = {**_spread(known), "unseen": _plain(unseen.mean()) if len(unseen) else None}
+        entries[name]["clients"] = _plain(values)
+    return entries
 
 
 def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -56,8 +56,11 @@ def run(config: Config, console: Console | None = None) -> Outcome:
         lanes, trials = choose_lanes(experiment)
         _say_lanes(console, lanes, trials)
         experiment = with_lanes(experiment, lanes)
-    print_table(summary(experiment.counts), console=console)
-    plot_partition(experiment.counts, folder / "partition.png", class_names=experiment.dataset.class_names)
+    task = experiment.task
+    print_table(summary(task.counts), console=console)
+    for note in task.notes:
+        console.print(note)
+    plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
     configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run
     return _continue(experiment, folder, first_state(experiment), console)
@@ -91,6 +94,23 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
         console.print("no checkpoint yet: starting from round 1")
         state = like
     return _continue(experiment, folder, state, console)
+
+
+def restore(folder: Path) -> tuple[Experiment, FederatedState]:
+    """Reads a run and its newest checkpoint.
+
+    Raises:
+      ConfigurationError: no run in the folder, or no checkpoint yet.
+    """
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigurationError(f"{folder} holds no run (no config.yaml): give the folder of one run.")
+    experiment = build(configuration.load(file))
+    with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
+        state = checkpoints.restore(first_state(experiment))
+    if state is None:
+        raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
+    return experiment, state
 
 
 # Settings that do not touch what has already been computed.

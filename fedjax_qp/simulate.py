@@ -12,7 +12,7 @@ from fedjax_qp.engine import Engine
 from fedjax_qp.experiment import Experiment, first_state, host_copy, start_engine
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_lanes
-from fedjax_qp.plan import Plan, plan_chunk
+from fedjax_qp.plan import Plan, plan_chunk, taken_part
 from fedjax_qp.records import chunk_records, nonfinite_clients
 
 
@@ -70,7 +70,6 @@ def simulate(experiment: Experiment, state: FederatedState | None = None) -> Ite
     state = first_state(experiment) if state is None else host_copy(state)
     engine = start_engine(experiment)
     bounds = chunk_bounds(int(state.round), config.rounds, config.engine.rounds_per_chunk)
-    shares = experiment.counts / experiment.counts.sum(1, keepdims=True)
     plan_of = partial(chunk_plan, experiment, lanes)
     if config.engine.client_store == "host":
         store: ClientStore = HostStore(state.clients, config.engine.rounds_per_chunk * config.participation.cohort)
@@ -88,7 +87,9 @@ def simulate(experiment: Experiment, state: FederatedState | None = None) -> Ite
                 f"the training loss is not finite in round {broken[0]}, clients {broken[1]}: lower local.learning_rate "
                 f"(now {config.local.learning_rate}), the mutation's length, or set local.clip_norm."
             )
-        return chunk_records(metrics, plan, first_round, shares)
+        return chunk_records(
+            metrics, plan, first_round, experiment.task.shares, taken_part(experiment.work, 0, first_round)
+        )
 
     if not bounds:
         return

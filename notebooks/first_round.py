@@ -46,7 +46,7 @@ settings = {
     "engine": {"lanes": 2, "rounds_per_chunk": 5},
 }
 experiment = build(config.from_dict(settings))
-print_table(summary(experiment.counts))
+print_table(summary(experiment.task.counts))
 
 # %% [markdown]
 # ## One round, step by step
@@ -55,7 +55,7 @@ print_table(summary(experiment.counts))
 # up and combined. The engine does just this, for many clients side by side and without a Python loop.
 
 # %%
-algorithm, train = experiment.algorithm, experiment.dataset.train
+algorithm, train = experiment.algorithm, experiment.task.train
 state = first_state(experiment)
 plan = chunk_plan(experiment, lanes=1, first_round=0, rounds=1)
 cohort = jax.tree.map(lambda leaf: leaf[0], plan.cohorts)

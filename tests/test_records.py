@@ -9,7 +9,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from fedjax_qp import records
 from fedjax_qp.federated import Cohort
-from fedjax_qp.plan import Lanes, Plan
+from fedjax_qp.plan import Lanes, Plan, Preparations
 from fedjax_qp.records import Recorder, chunk_records, nonfinite_clients
 from fedjax_qp.registry import ConfigurationError
 
@@ -24,7 +24,8 @@ def made_plan(rounds: int = 2) -> Plan:
     lanes = Lanes(nothing, nothing, nothing[..., None], nothing[..., 0])
     evaluate = np.array([True, False, True])
     cohorts = Cohort(clients, np.ones((3, 3), np.float32), steps)
-    return Plan(cohorts, clients, lanes, evaluate, np.array(rounds, np.int32))
+    nobody = Preparations(nothing[:, :, :0], nothing[:, :, :0, None, None], nothing[..., 0])
+    return Plan(cohorts, clients, lanes, nobody, evaluate, np.array(rounds, np.int32))
 
 
 def made_metrics() -> dict[str, np.ndarray]:
@@ -57,7 +58,7 @@ def test_record_of_an_evaluated_round_with_a_dropout():
 def test_client_accuracy_weighs_classes_by_each_clients_labels():
     first, _ = chunk_records(made_metrics(), made_plan(), 10, SHARES)
     spread = first["client_accuracy"]  # clients: 0.8, 0.2, 0.5, 0.35
-    assert list(spread) == ["mean", "q05", "q10", "q25", "q50", "q75", "q90", "q95", "min"]
+    assert list(spread) == ["mean", "q05", "q10", "q25", "q50", "q75", "q90", "q95", "min", "max"]
     assert spread["mean"] == pytest.approx(0.4625)
     assert spread["min"] == pytest.approx(0.2)
     assert spread["q50"] == pytest.approx(0.425)
@@ -74,6 +75,22 @@ def test_client_accuracy_leaves_out_classes_without_test_examples():
     first, _ = chunk_records(metrics, made_plan(), 0, SHARES)
     assert first["test_accuracy"] is None
     assert set(first["client_accuracy"].values()) == {None}
+
+
+def test_personal_tests_are_spread_over_those_who_took_part():
+    metrics = made_metrics()
+    losses = np.zeros((3, 10), np.float32)
+    losses[0] = np.arange(10) * np.log(2)
+    metrics |= {"personal/loss": losses, "personal/correct": np.ones((3, 10, 1)), "personal/count": np.ones((3, 10, 1))}
+    metrics["personal/count"][0, 9] = 4
+    first, second = chunk_records(metrics, made_plan(), 10, SHARES, seen={1})
+    perplexity = first["personal"]["perplexity"]  # 2^k, but client 9 has four tokens: 2^(9/4)
+    assert perplexity["clients"] == pytest.approx([2.0**k for k in range(9)] + [2**2.25], rel=1e-5)
+    assert perplexity["mean"] == pytest.approx((2 + 2**5 + 2**2.25) / 3)  # clients 1, 5 and 9; 7 dropped out
+    assert (perplexity["min"], perplexity["max"]) == (pytest.approx(2), pytest.approx(32))
+    assert perplexity["unseen"] == pytest.approx((1 + 4 + 8 + 16 + 64 + 128 + 256) / 7)
+    assert first["personal"]["accuracy"]["clients"][9] == 0.25
+    assert "tuned" not in first and "personal" not in second
 
 
 def test_round_without_reports_and_evaluation():

@@ -1,7 +1,7 @@
 """The methods, one idea a file, under their names.
 
-A method is a function `(loss, optimizer, *, options) -> Algorithm`: `loss` as in `Model.loss`, `optimizer` the clients'
-optax transformation. To add one, write a file here that registers such a function: every file of this folder is imported.
+A method is a function `(model, optimizer, *, options) -> Algorithm`: `optimizer` is the clients' optax transformation. To
+add one, write a file here that registers such a function: every file of this folder is imported.
 """
 
 import importlib

@@ -6,7 +6,6 @@ Non-Identical Data Distribution for Federated Visual Classification" (FedAvgM); 
 Optimization" (FedAdam, FedYogi).
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, Weighting, add, local_training, mean_update, report
-from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Params
+from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
 
 
 class Server(NamedTuple):
@@ -25,7 +24,7 @@ class Server(NamedTuple):
 
 
 def averaging(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     server_optimizer: optax.GradientTransformation,
     *,
@@ -38,7 +37,7 @@ def averaging(
       server_optimizer: optax transformation of the pseudo-gradient; `optax.sgd(1.0)` is FedAvg.
       proximal: μ of FedProx's penalty ½μ‖w − w_global‖².
     """
-    training = local_training(loss, optimizer)
+    training = local_training(model.loss, optimizer)
 
     def init_server(params: Params) -> Server:
         return Server(params, server_optimizer.init(params.trainable))
@@ -84,26 +83,26 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @algorithms.register
-def fedavg(loss: Callable, optimizer: optax.GradientTransformation, *, weighting: Weighting = "size") -> Algorithm:
+def fedavg(model: Model, optimizer: optax.GradientTransformation, *, weighting: Weighting = "size") -> Algorithm:
     """Federated averaging, by number of examples or uniform."""
-    return averaging(loss, optimizer, optax.sgd(1.0), weighting=weighting)
+    return averaging(model, optimizer, optax.sgd(1.0), weighting=weighting)
 
 
 @algorithms.register
 def fedprox(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     proximal: Annotated[float, Field(ge=0)] = 0.01,
     weighting: Weighting = "size",
 ) -> Algorithm:
     """FedAvg with a penalty on the distance to the global model."""
-    return averaging(loss, optimizer, optax.sgd(1.0), weighting=weighting, proximal=proximal)
+    return averaging(model, optimizer, optax.sgd(1.0), weighting=weighting, proximal=proximal)
 
 
 @algorithms.register
 def fedavgm(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     momentum: Share = 0.9,
@@ -111,12 +110,12 @@ def fedavgm(
     weighting: Weighting = "size",
 ) -> Algorithm:
     """Server momentum: heavy ball on the pseudo-gradient."""
-    return averaging(loss, optimizer, optax.sgd(server_learning_rate, momentum), weighting=weighting)
+    return averaging(model, optimizer, optax.sgd(server_learning_rate, momentum), weighting=weighting)
 
 
 @algorithms.register
 def fedadam(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     server_learning_rate: Positive = 0.01,
@@ -127,12 +126,12 @@ def fedadam(
 ) -> Algorithm:
     """Adam on the server. Deviation: optax corrects the moments' initial bias, algorithm 2 of the paper does not."""
     server_optimizer = optax.adam(server_learning_rate, beta1, beta2, eps=adaptivity)
-    return averaging(loss, optimizer, server_optimizer, weighting=weighting)
+    return averaging(model, optimizer, server_optimizer, weighting=weighting)
 
 
 @algorithms.register
 def fedyogi(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     server_learning_rate: Positive = 0.01,
@@ -143,4 +142,4 @@ def fedyogi(
 ) -> Algorithm:
     """Yogi on the server. Deviation: optax corrects the moments' initial bias, algorithm 2 of the paper does not."""
     server_optimizer = optax.yogi(server_learning_rate, beta1, beta2, eps=adaptivity)
-    return averaging(loss, optimizer, server_optimizer, weighting=weighting)
+    return averaging(model, optimizer, server_optimizer, weighting=weighting)

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, add, local_training, mean_update, report
-from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Params
+from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
 
 
 class MutationServer(NamedTuple):
@@ -78,13 +78,13 @@ def start_model(shared: Shared, own: Own) -> PyTree:
     return trainable
 
 
-def mutating(loss: Callable, optimizer: optax.GradientTransformation, mutate: Callable) -> Algorithm:
+def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Callable) -> Algorithm:
     """A method whose clients start at mutants of the global model and whose results are averaged uniformly.
 
     Args:
       mutate: `(server, members, key) -> (Own with leading axis [M], directions, metrics)`.
     """
-    training = local_training(loss, optimizer)
+    training = local_training(model.loss, optimizer)
 
     def init_server(params: Params) -> MutationServer:
         zero = jax.tree.map(jnp.zeros_like, params.trainable)
@@ -122,7 +122,7 @@ def mutating(loss: Callable, optimizer: optax.GradientTransformation, mutate: Ca
 
 @algorithms.register
 def fedmut(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     alpha: Annotated[float, Field(ge=0)] = 4.0,
@@ -145,4 +145,4 @@ def fedmut(
         metrics = {"mutation/drift": drift, "mutation/drift_largest": drift}
         return Own(coefficients, jnp.zeros((members, 0))), (), metrics
 
-    return mutating(loss, optimizer, mutate)
+    return mutating(model, optimizer, mutate)

@@ -8,7 +8,6 @@ the layers' shares p_l = ‖g_l‖²/‖g‖² (`quadratic`). The mean coefficie
 every round, and the quantity that the ablations hold fixed.
 """
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -29,7 +28,7 @@ from fedjax_qp.algorithms.fedmut import (
     mutation_signs,
 )
 from fedjax_qp.algorithms.local import Upload
-from fedjax_qp.federated import Algorithm, Cohort, Params
+from fedjax_qp.federated import Algorithm, Cohort, Model, Params
 from fedjax_qp.registry import ConfigurationError
 
 Form = Literal["nearest", "box", "joint", "references"]
@@ -58,7 +57,7 @@ class Directions(NamedTuple):
 
 @algorithms.register
 def fedqp(
-    loss: Callable,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     form: Form = "nearest",
@@ -120,7 +119,7 @@ def fedqp(
         own = _use(use, drawn, corrected, active)
         return own, rows, {**metrics, **_drift_metrics(own, squared, along), **_solver_metrics(report)}
 
-    algorithm = mutating(loss, optimizer, mutate)
+    algorithm = mutating(model, optimizer, mutate)
     return _remembering(algorithm, references, references_kept) if form == "references" else algorithm
 
 

@@ -62,7 +62,7 @@ def local_training(loss: Callable, optimizer: optax.GradientTransformation) -> L
         if penalty_gradient is not None:
             gradient = jax.tree.map(jnp.add, gradient, penalty_gradient(trainable))
         updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, trainable)
-        params = Params(optax.apply_updates(trainable, updates), statistics)
+        params = state.params._replace(trainable=optax.apply_updates(trainable, updates), statistics=statistics)
         return LocalState(params, optimizer_state, state.loss_sum + value)
 
     return LocalTraining(start, step)

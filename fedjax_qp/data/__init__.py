@@ -1,19 +1,34 @@
-"""Data sets, their partition over the clients, and statistics of a partition."""
+"""Data sets, their partition over the clients, and statistics of a partition; instruction data as token sequences."""
 
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.data.partition import check_partition, partitions
+from fedjax_qp.data.instructions import Instructions, Record, Records, instruction_sources
+from fedjax_qp.data.partition import check_partition, hold_out, partitions
+from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
 from fedjax_qp.data.sources import Dataset, sources
 from fedjax_qp.data.statistics import PartitionSummary, label_counts, plot_partition, print_table, summary
+from fedjax_qp.data.templates import render, tokenise
 
 __all__ = [
     "Dataset",
+    "Encoded",
     "Examples",
+    "Instructions",
     "PartitionSummary",
+    "Record",
+    "Records",
+    "Sequences",
     "check_partition",
+    "encode",
+    "hold_out",
+    "instruction_sources",
     "label_counts",
+    "pack",
+    "padding_share",
     "partitions",
     "plot_partition",
     "print_table",
+    "render",
     "sources",
     "summary",
+    "tokenise",
 ]

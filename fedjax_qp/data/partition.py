@@ -6,18 +6,36 @@ examples for each client. They are disjoint, none is empty, and unless an entry 
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
-from fedjax_qp.data.sources import Dataset
 from fedjax_qp.registry import ConfigurationError, Registry
 
 partitions = Registry("partition")
 
 
+class Labels(Protocol):
+    """Training examples, as far as a partition looks at them."""
+
+    @property
+    def labels(self) -> Int32[np.ndarray | Array, "N"]: ...
+
+
+class Labelled(Protocol):
+    """What a partition needs of a data set: `Dataset` and `Instructions` are such."""
+
+    @property
+    def train(self) -> Labels: ...
+    @property
+    def classes(self) -> int: ...
+    @property
+    def client_ids(self) -> Int[np.ndarray, "N"] | None: ...
+
+
 @partitions.register
-def iid(dataset: Dataset, rng: np.random.Generator, *, clients: int = 100) -> list[Int[np.ndarray, "n"]]:
+def iid(dataset: Labelled, rng: np.random.Generator, *, clients: int = 100) -> list[Int[np.ndarray, "n"]]:
     """Deals the shuffled examples evenly; sizes differ by one at most.
 
     Source: McMahan et al., "Communication-efficient learning of deep networks from
@@ -31,7 +49,7 @@ def iid(dataset: Dataset, rng: np.random.Generator, *, clients: int = 100) -> li
 
 @partitions.register
 def dirichlet(
-    dataset: Dataset,
+    dataset: Labelled,
     rng: np.random.Generator,
     *,
     clients: int = 100,
@@ -110,7 +128,7 @@ def _deal(
 
 @partitions.register
 def shards(
-    dataset: Dataset, rng: np.random.Generator, *, clients: int = 100, shards_per_client: int = 2
+    dataset: Labelled, rng: np.random.Generator, *, clients: int = 100, shards_per_client: int = 2
 ) -> list[Int[np.ndarray, "n"]]:
     """Sorts by label, cuts into equal shards and deals them: most clients see about `shards_per_client` classes.
 
@@ -133,7 +151,54 @@ def shards(
 
 
 @partitions.register
-def natural(dataset: Dataset, rng: np.random.Generator, *, minimum: int = 1) -> list[Int[np.ndarray, "n"]]:
+def categories(
+    dataset: Labelled, rng: np.random.Generator, *, clients: int = 10, categories_per_client: int = 2
+) -> list[Int[np.ndarray, "n"]]:
+    """Gives each client a few whole categories (classes), each shared evenly among the clients that have it.
+
+    Source: the pathological split of McMahan et al., "Communication-efficient learning of deep networks from
+    decentralized data", 2017, section 3, by whole categories in place of shards: no client has a part of a class more
+    than `categories_per_client`. The assignment is random and as even as it can be: the numbers of owners of two
+    categories differ by one at most. With clients · categories_per_client below the number of categories, some have no
+    owner, and their examples are left out.
+
+    Args:
+      clients: K.
+      categories_per_client: 1 … the number of classes that have examples.
+
+    Raises:
+      ConfigurationError: an option is out of range, or a category has fewer examples than owners.
+    """
+    labels = np.asarray(dataset.train.labels)
+    _check_clients(clients, len(labels))
+    present, sizes = np.unique(labels, return_counts=True)
+    _require(
+        1 <= categories_per_client <= len(present),
+        f"categories_per_client = {categories_per_client} must be between 1 and {len(present)}, the number of "
+        "categories that have training examples.",
+    )
+    held = np.zeros((clients, len(present)), bool)
+    for client in held:
+        # The least owned first, ties at random: no category is ever two owners ahead of another.
+        order = np.lexsort((rng.random(len(present)), held.sum(axis=0)))
+        client[order[:categories_per_client]] = True
+    owner = np.full(len(labels), -1)
+    for category, size, column in zip(present, sizes, held.T, strict=True):
+        owners = rng.permutation(np.flatnonzero(column))
+        _require(
+            len(owners) <= size,
+            f"category {category} has {size} examples for {len(owners)} clients. Take fewer clients (not {clients}) or "
+            f"fewer categories_per_client (not {categories_per_client}).",
+        )
+        if len(owners):
+            members = rng.permutation(np.flatnonzero(labels == category))
+            owner[members] = owners[np.arange(size) % len(owners)]
+    parts = [np.flatnonzero(owner == client) for client in range(clients)]
+    return check_partition(parts, dataset, complete=bool(held.any(axis=0).all()))
+
+
+@partitions.register
+def natural(dataset: Labelled, rng: np.random.Generator, *, minimum: int = 1) -> list[Int[np.ndarray, "n"]]:
     """One client for each person or device the data came from, in the order of their ids; draws nothing.
 
     Source: Caldas et al., "LEAF: a benchmark for federated settings", arXiv 1812.01097, 2018.
@@ -159,7 +224,7 @@ def natural(dataset: Dataset, rng: np.random.Generator, *, minimum: int = 1) -> 
 
 @partitions.register
 def json_file(
-    dataset: Dataset, rng: np.random.Generator, *, path: str, complete: bool = True
+    dataset: Labelled, rng: np.random.Generator, *, path: str, complete: bool = True
 ) -> list[Int[np.ndarray, "n"]]:
     """Reads a published split, in the JSON format of FedMut's repository; draws nothing.
 
@@ -198,7 +263,7 @@ def _indices(values: object, where: str) -> Int[np.ndarray, "n"]:
 
 
 def check_partition(
-    parts: list[Int[np.ndarray, "n"]], dataset: Dataset, *, complete: bool = False
+    parts: list[Int[np.ndarray, "n"]], dataset: Labelled, *, complete: bool = False
 ) -> list[Int[np.ndarray, "n"]]:
     """Returns `parts` after checking them.
 
@@ -226,6 +291,42 @@ def check_partition(
         f"{unused} of {examples} training examples belong to no client, the first is {uses.argmin()}.",
     )
     return parts
+
+
+def hold_out(
+    parts: list[Int[np.ndarray, "n"]], generator: np.random.Generator, *, test: int, train: int | None = None
+) -> tuple[list[Int[np.ndarray, "m"]], list[Int[np.ndarray, "t"]]]:
+    """Sets examples of each client aside for testing, and limits what is left to train on.
+
+    Every client has a stream of random numbers of its own, so its draw depends on the generator's seed, its number and
+    its size alone. `train` does not change which examples are for testing, and a larger one keeps those of a smaller.
+
+    Args:
+      parts: indices into the training examples, one array a client.
+      generator: `spawn` is called on it once.
+      test: examples of each client to test on.
+      train: examples of each client to train on at most; None keeps all.
+
+    Returns:
+      The clients' examples to train on (at least one each) and to test on (`test` each), both sorted.
+
+    Raises:
+      ConfigurationError: an option is out of range, or a client has no more than `test` examples.
+    """
+    _require(test >= 0, f"test = {test} must be at least 0.")
+    _require(train is None or train >= 1, f"train = {train} must be at least 1, or null for all that is left.")
+    kept, held_out = [], []
+    for client, (part, stream) in enumerate(zip(parts, generator.spawn(len(parts)), strict=True)):
+        _require(
+            len(part) > test,
+            f"client {client} has {len(part)} examples, too few to hold out test = {test} of them and to train on at "
+            f"least one. Lower test (the smallest client has {min(map(len, parts))}), or take fewer clients or a more "
+            "even partition.",
+        )
+        shuffled = stream.permutation(part)
+        held_out.append(np.sort(shuffled[:test]))
+        kept.append(np.sort(shuffled[test:][:train]))
+    return kept, held_out
 
 
 def _group(owner: Int[np.ndarray, "N"], clients: int) -> list[Int[np.ndarray, "n"]]:

@@ -3,11 +3,13 @@
     build = models.build("lenet", (32, 32, 3), 10, normalisation="none")     # (nnx.Rngs) -> network
     model = classifier(build, mean=0.5, std=0.5, classes=10)                 # the `Model` that algorithms train
 
+A language model is one function of its options that returns an `AdaptedModel`: base, adapters and tokenizer.
+
 A network is called as `network(inputs [B, H, W, C], mask [B], train=bool)` and returns logits [B, classes].
 """
 
-from fedjax_qp.models import cnn, mlp, resnet, vgg  # noqa: F401  (they register themselves)
+from fedjax_qp.models import adapted, cnn, mlp, resnet, vgg  # noqa: F401  (they register themselves)
 from fedjax_qp.models.classifier import classifier
-from fedjax_qp.models.registry import models
+from fedjax_qp.models.registry import language_models, models
 
-__all__ = ["classifier", "models"]
+__all__ = ["classifier", "language_models", "models"]

@@ -2,7 +2,8 @@
 
 from fedjax_qp.registry import ConfigurationError, Registry
 
-models = Registry("model")
+models = Registry("model")  # networks that classify images
+language_models = Registry("language model")
 
 
 def require_size(model: str, input_shape: tuple[int, int, int], smallest: int, remedy: str) -> None:

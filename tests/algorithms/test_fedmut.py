@@ -91,7 +91,7 @@ def test_start_model_is_the_coefficient_wise_combination(update):
 
 def test_without_length_it_is_uniform_fedavg():
     uniform = small_algorithm("fedavg-uniform")
-    still = algorithms.build("fedmut", small_model().loss, optax.sgd(0.05, 0.9), alpha=0.0)
+    still = algorithms.build("fedmut", small_model(), optax.sgd(0.05, 0.9), alpha=0.0)
     expected, _ = run_rounds(uniform, small_engine(uniform), lanes=3, rounds=4)
     state, _ = run_rounds(still, small_engine(still), lanes=3, rounds=4)
     assert worst_difference(expected.server.params, state.server.params) <= 1e-5

@@ -32,7 +32,7 @@ def server() -> MutationServer:
 
 def mutants(server: MutationServer, members: int = MEMBERS, name: str = "fedqp", **options) -> tuple[np.ndarray, dict]:
     """The mutations x_i as rows, and the dispatch's metrics."""
-    algorithm = algorithms.build(name, small_model().loss, optax.sgd(0.1), alpha=ALPHA, **options)
+    algorithm = algorithms.build(name, small_model(), optax.sgd(0.1), alpha=ALPHA, **options)
     cohort = Cohort(jnp.arange(members), jnp.ones(members), jnp.ones(members))
     shared, own, metrics = jax.jit(algorithm.dispatch)(server, cohort, jax.random.key(7))
     models = [start_model(shared, jax.tree.map(lambda leaf, i=i: leaf[i], own)) for i in range(members)]
@@ -165,7 +165,7 @@ def test_history_references_are_the_earlier_updates_newest_first(server):
 
 def test_when_nothing_points_backward_it_is_fedmut():
     """With β_0 = 1 backward mutations have length 0: all mutants are in the fan already."""
-    loss, optimizer = small_model().loss, optax.sgd(0.05, 0.9)
+    loss, optimizer = small_model(), optax.sgd(0.05, 0.9)
     fedmut = algorithms.build("fedmut", loss, optimizer, alpha=1.0, beta0=1.0, mutation_rounds=10**6)
     fedqp = algorithms.build("fedqp", loss, optimizer, alpha=1.0, beta0=1.0, mutation_rounds=10**6, form="nearest")
     expected, _ = run_rounds(fedmut, small_engine(fedmut), lanes=3, rounds=2)

@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_qp.data import Dataset, Examples, check_partition, label_counts, partitions, sources, summary
+from fedjax_qp.data import (
+    Dataset,
+    Examples,
+    Instructions,
+    Record,
+    Records,
+    check_partition,
+    hold_out,
+    label_counts,
+    partitions,
+    sources,
+    summary,
+)
 from fedjax_qp.data.partition import _draw_counts
 from fedjax_qp.registry import ConfigurationError
 
@@ -33,6 +45,7 @@ OPTIONS = {
     "iid": {"clients": 30},
     "dirichlet": {"clients": 30, "beta": 0.3, "minimum": 5},
     "shards": {"clients": 30, "shards_per_client": 2},
+    "categories": {"clients": 30, "categories_per_client": 3},
     "natural": {},
     "json_file": {},
 }
@@ -192,6 +205,10 @@ def test_dirichlet_extremes_stay_finite(beta):
         ("dirichlet", {"clients": -3}, "clients = -3"),
         ("shards", {"shards_per_client": 0}, "shards_per_client = 0"),
         ("shards", {"shards_per_client": 41}, "between 1 and 40"),
+        ("categories", {"clients": 0}, "clients = 0 must be between 1 and 4000"),
+        ("categories", {"categories_per_client": 0}, "categories_per_client = 0 must be between 1 and 10"),
+        ("categories", {"categories_per_client": 11}, "categories_per_client = 11 must be between 1 and 10"),
+        ("categories", {"clients": 4000}, r"category \d has 400 examples for 800 clients. Take fewer"),
         ("natural", {}, "needs a data source that knows its clients"),
         ("dirichlett", {}, "did you mean dirichlet"),
         ("dirichlet", {"betta": 1}, "did you mean beta"),
@@ -230,6 +247,96 @@ def test_natural_groups_by_id_and_leaves_out_small_clients():
     assert [part.tolist() for part in partitions.build("natural", dataset, rng, minimum=2)] == [[1, 3], [0, 2, 5]]
     with pytest.raises(ConfigurationError, match="minimum = 4 leaves out all 3 clients; the largest has 3"):
         partitions.build("natural", dataset, rng, minimum=4)
+
+
+# ---- whole categories -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), classes=st.integers(1, 8), clients=st.integers(1, 15), seed=st.integers(0, 2**32 - 1))
+def test_categories_laws(data, classes, clients, seed):
+    each = data.draw(st.integers(1, classes))
+    sizes = data.draw(st.lists(st.integers(clients, 60), min_size=classes, max_size=classes))
+    # Labels 2 c: the odd classes have no examples, and nobody can be given one of them.
+    labels = np.random.default_rng(seed).permutation(np.repeat(2 * np.arange(classes), sizes))
+    dataset = labelled(labels, 2 * classes)
+    options = {"clients": clients, "categories_per_client": each}
+    parts = partitions.build("categories", dataset, np.random.default_rng(seed), **options)
+    counts = label_counts(parts, labels, 2 * classes)[:, ::2]
+    held = counts > 0
+    assert held.shape == (clients, classes) and (held.sum(axis=1) == each).all()
+    owners = held.sum(axis=0)
+    assert owners.max() - owners.min() <= 1
+    for size, count, column in zip(sizes, owners, counts.T, strict=True):
+        shares = column[column > 0]
+        # Every owner has an even share, and without an owner the examples are left out.
+        assert count == 0 or (shares.sum() == size and shares.max() - shares.min() <= 1)
+    if clients * each >= classes:
+        assert owners.min() >= 1 and sum(map(len, parts)) == len(labels)
+
+
+def test_categories_are_drawn_at_random():
+    dataset = balanced(800, 8)
+
+    def groups(seed):
+        options = {"clients": 8, "categories_per_client": 2}
+        parts = partitions.build("categories", dataset, np.random.default_rng(seed), **options)
+        return tuple(tuple(np.unique(dataset.train.labels[part])) for part in parts)
+
+    drawn = [groups(seed) for seed in range(20)]
+    assert len(set(drawn)) == 20
+    assert len({group for draw in drawn for group in draw}) > 20  # of 28 pairs
+
+
+def test_partitions_of_instructions():
+    records = Records(tuple(Record("x", "", "y", "abc"[k % 3]) for k in range(60)), np.arange(60, dtype=np.int32) % 3)
+    dataset = Instructions(records, records, 3, ("a", "b", "c"), np.arange(60) // 12)
+    options = {"iid": {}, "dirichlet": {"minimum": 2}, "shards": {}, "categories": {}}
+    for name, chosen in options.items():
+        parts = partitions.build(name, dataset, np.random.default_rng(0), clients=5, **chosen)
+        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(60))
+    natural = partitions.build("natural", dataset, np.random.default_rng(0))
+    assert [part.tolist() for part in natural] == np.arange(60).reshape(5, 12).tolist()
+
+
+# ---- examples held out ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(6, 30), min_size=1, max_size=6),
+    test=st.integers(0, 5),
+    train=st.none() | st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_hold_out_laws(sizes, test, train, seed):
+    parts = np.split(np.random.default_rng(seed).permutation(sum(sizes)), np.cumsum(sizes)[:-1])
+    kept, held_out = hold_out(parts, np.random.default_rng(seed), test=test, train=train)
+    for part, left, taken in zip(parts, kept, held_out, strict=True):
+        assert len(taken) == test and len(left) == min(len(part) - test, train or len(part))
+        both = np.concatenate([left, taken])
+        assert len(np.unique(both)) == len(both) and np.isin(both, part).all()
+        assert (np.diff(left) > 0).all() and (np.diff(taken) > 0).all()
+    # What is held out of a client depends neither on `train` nor on the other clients' sizes.
+    others = [np.arange(test + 1), *parts[1:]] if len(parts) > 1 else parts
+    all_kept, same = hold_out(others, np.random.default_rng(seed), test=test)
+    np.testing.assert_array_equal(same[-1], held_out[-1])
+    assert np.isin(kept[-1], all_kept[-1]).all()
+
+
+def test_hold_out_draws_differ_by_client_and_seed():
+    parts = [np.arange(50), np.arange(50)]
+    draws = [hold_out(parts, np.random.default_rng(seed), test=10)[1] for seed in range(2)]
+    assert len({tuple(part) for draw in draws for part in draw}) == 4
+
+
+def test_hold_out_explains_what_cannot_be():
+    parts = [np.arange(9), np.arange(4)]
+    with pytest.raises(ConfigurationError, match=r"client 1 has 4 examples.*test = 4.*Lower test"):
+        hold_out(parts, np.random.default_rng(0), test=4)
+    for options, message in (({"test": -1}, "test = -1"), ({"test": 1, "train": 0}, "train = 0")):
+        with pytest.raises(ConfigurationError, match=message):
+            hold_out(parts, np.random.default_rng(0), **options)
 
 
 # ---- split files ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,71 @@
+"""The main job of `make run-perfit`: PerFIT against FedIT, tuning SmolLM2-135M on real instructions; a table and answers.
+
+One seed, few records, nothing tuned: it shows that and how the methods run, not which one is better. Runs that are already
+finished are kept and interrupted ones are continued, so a second call only compares.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from fedjax_qp import compare as comparison
+from fedjax_qp import config as configuration
+from fedjax_qp.adapters import answer, client_params, language_of
+from fedjax_qp.compare_personal import personal_summary, personal_table
+from fedjax_qp.engine.evaluation import evaluate
+from fedjax_qp.federated import Params
+from fedjax_qp.run import restore, resume, run
+
+METHODS = {"FedIT": ["algorithm=fedit"], "PerFIT": []}
+QUESTIONS = ("Describe the taste of a lemon.", "Give three tips for staying healthy.")
+
+
+def finished_or_run(file: Path, name: str, overrides: list[str], console: Console) -> Path:
+    """Runs, continues or keeps one run; returns its folder."""
+    config = configuration.load(file, [*overrides, f"name={name}", "folder=runs/first-perfit"])
+    if (config.run_folder / "config.yaml").exists():
+        resume(config.run_folder, console=console)
+    else:
+        run(config, console)
+    return config.run_folder
+
+
+def show_answers(folder: Path, console: Console) -> None:
+    """The base's perplexity, and answers of the base and of one client's model."""
+    experiment, state = restore(folder)
+    language, template = language_of(experiment), experiment.config.text.template
+    nobody = Params((), ())
+    sums = jax.jit(lambda frozen, test: evaluate(language.model, frozen, nobody, test, None))(
+        language.frozen, experiment.task.test
+    )
+    perplexity = float(jax.numpy.exp(sums["loss"] / sums["count"].sum()))
+    console.print(f"the base model before tuning: perplexity {perplexity:.2f} on the common test set")
+    before = answer(language, nobody, QUESTIONS, template=template)
+    after = answer(language, client_params(experiment, state, 0, "aggregated"), QUESTIONS, template=template)
+    for question, first, second in zip(QUESTIONS, before, after, strict=True):
+        console.print(f"\n[bold]{question}[/bold]\n[dim]before:[/dim] {first}\n[dim]client 0:[/dim] {second}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=Path("configs/alpaca_smollm2.yaml"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="settings to change in all runs, such as rounds=10")
+    arguments = parser.parse_args()
+    console = Console()
+    started = time.perf_counter()
+    folders = {
+        label: finished_or_run(arguments.config, label, [*arguments.overrides, *method, f"seed={arguments.seed}"], console)
+        for label, method in METHODS.items()
+    }
+    runs = comparison.load_runs(folders.values())
+    console.print(personal_table(personal_summary(runs, baseline="FedIT")))
+    show_answers(folders["PerFIT"], console)
+    console.print(f"\n{time.perf_counter() - started:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Device side: runs a plan. The only folder that knows vmap, scan, meshes, shard_map and pmap.
+
+One program runs a whole chunk of rounds: a loop over rounds around a loop over steps around `vmap` over lanes, with
+evaluation inside. A lane runs its clients one after another: at a client's first step it loads the start model, at its
+last it adds the upload to the round's sum. That boundary work sits under a scalar `lax.cond`, so ordinary steps do not
+pay for it. The number of steps and of rounds are dynamic trip counts: nothing is recompiled from round to round.
+
+Several devices split the lanes; everything else is replicated, and the devices meet in one sum at the end of a round.
+"""
+
+from fedjax_qp.engine.evaluation import PersonalTests, TestSet, cut_test_set
+from fedjax_qp.engine.layout import AXIS, Engine, make_engine
+
+__all__ = ["AXIS", "Engine", "PersonalTests", "TestSet", "cut_test_set", "make_engine"]

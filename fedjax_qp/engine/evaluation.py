@@ -1,0 +1,102 @@
+"""Evaluation inside the program: the server's model on the common test set, each client's on its own test part."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, PyTree
+
+from fedjax_qp.engine.arrays import across, of, put, zeros
+from fedjax_qp.federated import Batch, FederatedState, Model
+
+
+class TestSet(NamedTuple):
+    """Test examples cut into batches for the device."""
+
+    __test__ = False  # the name is the field's; it is not a test case
+
+    examples: PyTree  # [batches, B, ...]
+    mask: Bool[Array | np.ndarray, "batches B"]
+
+
+def evaluate(model: Model, frozen: PyTree, params: PyTree, test: TestSet, axis: str | None) -> dict[str, Array]:
+    """Sums of the model's metrics over the whole test set; every device takes its share of the batches."""
+    batches = len(test.mask)
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    device = 0 if axis is None else jax.lax.axis_index(axis)
+
+    def add(turn: Int[Array, ""], sums: dict[str, Array]) -> dict[str, Array]:
+        index = turn * devices + device
+        examples = of(test.examples, jnp.minimum(index, batches - 1))
+        mask = test.mask[jnp.minimum(index, batches - 1)] & (index < batches)
+        return jax.tree.map(jnp.add, sums, model.evaluate(frozen, params, Batch(examples, mask)))
+
+    first = Batch(of(test.examples, 0), test.mask[0])
+    sums = zeros(jax.eval_shape(model.evaluate, frozen, params, first))
+    return across(axis, jax.lax.fori_loop(0, -(-batches // devices), add, sums))
+
+
+def cut_test_set(examples: PyTree, batch_size: int) -> TestSet:
+    """Cuts arrays [N, ...] into batches, the last one padded."""
+    count = len(jax.tree.leaves(examples)[0])
+    batches = -(-count // batch_size)
+    padding = batches * batch_size - count
+
+    def cut(leaf: np.ndarray) -> np.ndarray:
+        padded = np.concatenate([leaf, np.zeros((padding, *leaf.shape[1:]), leaf.dtype)])
+        return padded.reshape(batches, batch_size, *leaf.shape[1:])
+
+    return TestSet(jax.tree.map(cut, examples), cut(np.ones(count, bool)))
+
+
+class PersonalTests(NamedTuple):
+    """Every client's own test examples, cut into the same number of batches for all; padded ones have mask False."""
+
+    examples: PyTree  # [K, batches, B, ...]
+    mask: Bool[Array | np.ndarray, "K batches B"]
+
+
+def evaluate_clients(
+    model: Model,
+    frozen: PyTree,
+    view: Callable,
+    state: FederatedState,
+    tests: PersonalTests,
+    lanes: int,
+    axis: str | None,
+) -> dict[str, Array]:
+    """Sums of the model's metrics for each client on its own test part.
+
+    Args:
+      view: `(server, memory) -> Params`, the model a client is evaluated with.
+      state: holds the memories of all K clients.
+      lanes: clients evaluated side by side on one device.
+
+    Returns:
+      Arrays [K, ...].
+    """
+    clients, batches = tests.mask.shape[:2]
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    device = 0 if axis is None else jax.lax.axis_index(axis)
+    tests = jax.tree.map(jnp.asarray, tests)
+
+    def one_client(client: Int[Array, ""]) -> dict[str, Array]:
+        params = view(state.server, of(state.clients, client))
+
+        def add(index: Int[Array, ""], sums: dict[str, Array]) -> dict[str, Array]:
+            batch = Batch(of(of(tests.examples, client), index), tests.mask[client, index])
+            return jax.tree.map(jnp.add, sums, model.evaluate(frozen, params, batch))
+
+        return jax.lax.fori_loop(0, batches, add, zeros(one_sum))
+
+    def turn(index: Int[Array, ""], sums: dict[str, Array]) -> dict[str, Array]:
+        members = (index * devices + device) * lanes + jnp.arange(lanes)
+        return put(sums, members, jax.vmap(one_client)(jnp.minimum(members, clients - 1)))
+
+    first = Batch(of(of(tests.examples, 0), 0), tests.mask[0, 0])
+    one_params = jax.eval_shape(lambda: view(state.server, of(state.clients, jnp.zeros((), jnp.int32))))
+    one_sum = jax.eval_shape(model.evaluate, frozen, one_params, first)
+    turns = -(-clients // (devices * lanes))
+    return across(axis, jax.lax.fori_loop(0, turns, turn, zeros(one_sum, clients)))

@@ -1,0 +1,28 @@
+"""Image classification."""
+
+import numpy as np
+
+from fedjax_qp.config import Config
+from fedjax_qp.data import Dataset, label_counts
+from fedjax_qp.engine import cut_test_set
+from fedjax_qp.models import models
+from fedjax_qp.models.classifier import classifier
+from fedjax_qp.tasks.task import Task
+
+
+def image_task(config: Config, dataset: Dataset, parts: list[np.ndarray]) -> Task:
+    """The task of classifying labelled images; every client is judged by its mixture of the classes."""
+    build = models[config.model.name](dataset.train.inputs.shape[1:], dataset.classes, **config.model.options)
+    counts = label_counts(parts, np.asarray(dataset.train.labels), dataset.classes)
+    return Task(
+        model=classifier(build, mean=dataset.mean, std=dataset.std, classes=dataset.classes),
+        frozen=(),
+        train=dataset.train,
+        test=cut_test_set(dataset.test, config.evaluation.batch_size),
+        personal=None,
+        parts=parts,
+        sizes=[len(part) for part in parts],
+        counts=counts,
+        class_names=dataset.class_names,
+        shares=counts / counts.sum(1, keepdims=True),
+    )

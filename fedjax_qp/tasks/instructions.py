@@ -1,0 +1,109 @@
+"""Instruction tuning of a pre-trained language model with adapters.
+
+Each client's records are split into a training and a test part, turned into tokens and packed by client, so that a sequence
+never mixes clients. Every client is judged on its own test part, and all of them on the common test records.
+"""
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from fedjax_qp.config import Config, Text
+from fedjax_qp.data import label_counts
+from fedjax_qp.data.instructions import Instructions, Record
+from fedjax_qp.data.partition import hold_out
+from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
+from fedjax_qp.engine import PersonalTests, cut_test_set
+from fedjax_qp.models import language_models
+from fedjax_qp.tasks.task import Task
+
+
+def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray], *, expansion: int = 1) -> Task:
+    """The task of answering instructions.
+
+    Args:
+      parts: per client, indices of its records. Those that the cut-off leaves nothing to predict of are left out first, so
+        that `text.test_records` and `text.train_records` count records that are really used.
+      expansion: factor on the adapters' rank and alpha that the algorithm asks for.
+
+    Raises:
+      ConfigurationError: a client has too few records, or nothing of them fits the cut-off.
+    """
+    text = config.text
+    language = language_models[config.model.name](expansion, **config.model.options)
+    records = data.train.records
+
+    def encoded(owner: str, some: Iterable[Record]) -> Encoded:
+        return encode(list(some), language.tokenizer, text, owner=owner)
+
+    clients = [encoded(f"client {client}", (records[i] for i in part)) for client, part in enumerate(parts)]
+    generator = np.random.default_rng((config.seed, 1))
+    usable = [np.arange(len(client.tokens)) for client in clients]
+    chosen = hold_out(usable, generator, test=text.test_records, train=text.train_records)
+    trains, tests = ([_some(client, part) for client, part in zip(clients, kind, strict=True)] for kind in chosen)
+    common = encoded("the common test records", data.test.records) if data.test.records else _together(tests)
+    train = [pack(client, text.cut_off, text.pack) for client in trains]
+    kept = [part[client.kept[some]] for part, client, some in zip(parts, clients, chosen[0], strict=True)]
+    ends = np.cumsum([len(sequences.tokens) for sequences in train])
+    return Task(
+        model=language.model,
+        frozen=language.frozen,
+        train=_joined(train),
+        test=cut_test_set(pack(common, text.cut_off, text.pack), config.evaluation.batch_size),
+        personal=_personal([pack(client, text.cut_off, text.pack) for client in tests], config.evaluation.batch_size),
+        parts=[np.arange(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)],
+        sizes=[len(client.tokens) for client in trains],
+        counts=label_counts(kept, np.asarray(data.train.labels), data.classes),
+        class_names=data.class_names,
+        shares=np.ones((len(parts), 1)),
+        language=language,
+        notes=tuple(_notes(text, _joined(train), clients, trains)),
+    )
+
+
+def _some(encoded: Encoded, chosen: np.ndarray) -> Encoded:
+    """Some of a client's records; how many were cut is no longer known."""
+    tokens, targets = ([of[index] for index in chosen] for of in (encoded.tokens, encoded.targets))
+    return Encoded(tokens, targets, encoded.kept[chosen], cut=0, dropped=0)
+
+
+def _together(tests: list[Encoded]) -> Encoded:
+    """The clients' test parts as common test records."""
+    tokens, targets = ([item for test in tests for item in getattr(test, name)] for name in ("tokens", "targets"))
+    return Encoded(tokens, targets, np.concatenate([test.kept for test in tests]), cut=0, dropped=0)
+
+
+def _joined(all_sequences: list[Sequences]) -> Sequences:
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *all_sequences)
+
+
+def _personal(tests: list[Sequences], batch_size: int) -> PersonalTests:
+    """Cuts every client's test part into the same number of batches."""
+    longest = max(len(part.tokens) for part in tests)
+    batch_size = min(batch_size, longest)
+    batches = -(-longest // batch_size)
+
+    def filled(leaf: np.ndarray) -> np.ndarray:
+        missing = np.zeros((batches * batch_size - len(leaf), *leaf.shape[1:]), leaf.dtype)
+        return np.concatenate([leaf, missing]).reshape(batches, batch_size, *leaf.shape[1:])
+
+    cut = [jax.tree.map(filled, part) for part in tests]
+    masks = [filled(np.ones(len(part.tokens), bool)) for part in tests]
+    return PersonalTests(jax.tree.map(lambda *leaves: np.stack(leaves), *cut), np.stack(masks))
+
+
+def _notes(text: Text, train: Sequences, clients: list[Encoded], trains: list[Encoded]) -> list[str]:
+    """What the cut-off did to the clients' records, and how much of the training sequences is padding."""
+    tokens, targets = int((train.segments > 0).sum()), int(train.targets.sum())
+    notes = [
+        f"{sum(len(client.tokens) for client in trains)} training records in {len(train.tokens)} sequences of "
+        f"{text.cut_off} tokens: {tokens} tokens, {targets} of them to predict, {padding_share(train):.1%} padding"
+    ]
+    cut, dropped = sum(client.cut for client in clients), sum(client.dropped for client in clients)
+    if cut or dropped:
+        total = sum(len(client.tokens) for client in clients) + dropped
+        notes.append(
+            f"text.cut_off = {text.cut_off}: of the clients' {total} records {cut} are cut, {dropped} left out"
+        )
+    return notes

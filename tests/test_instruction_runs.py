@@ -1,0 +1,199 @@
+"""Whole runs of instruction tuning on a tiny Llama with a tokenizer of its own: run, resume, compare, export, answer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="needs the extra `language`")
+tokenizers = pytest.importorskip("tokenizers")
+
+from rich.console import Console  # noqa: E402
+
+from fedjax_qp import compare, config, records  # noqa: E402
+from fedjax_qp.adapters import answer, client_params, export_clients  # noqa: E402
+from fedjax_qp.cli import main  # noqa: E402
+from fedjax_qp.compare_personal import has_personal, personal_json, personal_markdown, personal_summary  # noqa: E402
+from fedjax_qp.experiment import build  # noqa: E402
+from fedjax_qp.models.llama import LlamaConfig, initial_weights  # noqa: E402
+from fedjax_qp.models.peft import import_adapter  # noqa: E402
+from fedjax_qp.models.pretrained import save_weights  # noqa: E402
+from fedjax_qp.registry import ConfigurationError  # noqa: E402
+from fedjax_qp.run import restore, resume, run  # noqa: E402
+
+WORDS = "name,say,count,colour,animal,number,red,green,blue,cat,dog,owl,one,two,three,please,a,the,of,and".split(",")  # noqa: SIM905
+SMALL = LlamaConfig(
+    vocabulary=64,
+    width=16,
+    layers=2,
+    heads=2,
+    key_value_heads=1,
+    head_size=8,
+    hidden=32,
+    rope_theta=10000.0,
+    rope_scaling=None,
+    norm_epsilon=1e-5,
+    tied=True,
+)
+ENTRIES = 2 * 2 * ((16 + 16) + (16 + 8))  # layers · rank · (in + out) of q_proj and v_proj, rank 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, its tokenizer and three files of records."""
+    folder = tmp_path_factory.mktemp("instructions")
+    save_weights(folder / "model", SMALL, initial_weights(SMALL, jax.random.key(0)))
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *WORDS])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "model" / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    generator = np.random.default_rng(0)
+    for client in range(3):
+        lines = [
+            {
+                "instruction": " ".join(generator.choice(WORDS, 4)),
+                "output": " ".join(generator.choice(WORDS[6 + 3 * client : 9 + 3 * client], 5)),
+            }
+            for _ in range(12 + 4 * client)
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"client_{client}.jsonl").write_text(text)
+    return folder
+
+
+def settings(place, **changes) -> dict:
+    return {
+        "name": "tiny",
+        "rounds": 2,
+        "folder": str(place / "runs"),
+        "data": {"name": "records", "files": str(place / "client_*.jsonl")},
+        "partition": "natural",
+        "model": {"name": "pretrained", "path": str(place / "model"), "rank": 2, "alpha": 4},
+        "algorithm": {"name": "perfit", "warm_up": 1, "prunings": 2, "score_batches": 1},
+        "text": {"template": "short", "cut_off": 24, "test_records": 4},
+        "local": {"optimizer": "adamw", "learning_rate": 0.01, "epochs": 1, "batch_size": 2},
+        "participation": {"cohort": 3},
+        "engine": {"lanes": 2, "rounds_per_chunk": 1},
+        "evaluation": {"batch_size": 4},
+        **changes,
+    }
+
+
+def made(place, **changes) -> config.Config:
+    return config.from_dict(settings(place, **changes))
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """PerFIT and FedIT, two rounds each."""
+    console = Console(quiet=True)
+    perfit = run(made(place), console).folder
+    fedit = run(made(place, name="fedit", algorithm="fedit"), console).folder
+    return perfit, fedit
+
+
+def test_both_train_equally_many_entries_and_test_every_client_twice(finished):
+    for folder in finished:
+        last = records.read(folder)[-1]
+        assert last["client/trained_entries"] == ENTRIES
+        for view in ("personal", "tuned"):
+            perplexity = last[view]["perplexity"]
+            assert len(perplexity["clients"]) == 3
+            assert perplexity["min"] > 1 and np.isfinite(perplexity["max"])
+            assert perplexity["unseen"] is None
+        assert last["personal"]["perplexity"]["mean"] != last["tuned"]["perplexity"]["mean"]
+    first, second = records.read(finished[0])
+    assert first["client/upload_bytes"] == 4 * ENTRIES + np.ceil(2 * ENTRIES / 8)  # values, and the mask once
+    assert second["client/upload_bytes"] == second["client/download_bytes"] == 4 * ENTRIES
+
+
+def test_training_lowers_the_loss(place):
+    outcome = run(made(place, name="longer", algorithm="fedit", rounds=6), Console(quiet=True))
+    losses = [line["train_loss"] for line in records.read(outcome.folder)]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_resumed_perfit_is_bitwise_the_uninterrupted_one(place, finished):
+    folder = run(made(place, name="halves", rounds=1), Console(quiet=True)).folder
+    resume(folder, ["rounds=2"], Console(quiet=True))
+    whole, halves = (restore(one)[1] for one in (finished[0], folder))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert records.read(folder) == records.read(finished[0])
+
+
+def test_every_client_leaves_with_its_own_adapter(place, finished, tmp_path):
+    experiment, state = restore(finished[0])
+    folders = export_clients(experiment, state, tmp_path, "aggregated")
+    assert [folder.name for folder in folders] == ["client_0", "client_1", "client_2"]
+    masks = []
+    for client, folder in enumerate(folders):
+        adapters, rank, alpha = import_adapter(folder, SMALL)
+        assert (rank, alpha) == (4, 8.0)  # expanded, at the same scale
+        params = client_params(experiment, state, client, "aggregated")
+        jax.tree.map(np.testing.assert_array_equal, adapters, params.trainable)
+        masks.append(np.concatenate([np.ravel(mask) for mask in jax.tree.leaves(params.masks)]))
+        assert masks[-1].sum() == ENTRIES
+    assert (masks[0] != masks[1]).any()
+
+
+def test_the_command_line_exports_and_answers(finished, tmp_path, capsys):
+    for arguments in (
+        ["adapters", str(finished[0]), "--output", str(tmp_path / "out"), "--view", "tuned"],
+        ["answer", str(finished[0]), "name a colour", "--client", "1", "--new-tokens", "4"],
+        ["compare", *map(str, finished), "--baseline", "fedit", "--output", str(tmp_path / "comparison")],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+    assert (tmp_path / "out" / "client_2" / "adapter_model.safetensors").is_file()
+    assert "name a colour" in capsys.readouterr().out
+    assert "Δ tuned" in (tmp_path / "comparison-clients.md").read_text()
+
+
+def test_answers_follow_the_adapters(finished):
+    experiment, state = restore(finished[0])
+    params = client_params(experiment, state, 0, "tuned")
+    strong = params._replace(trainable=jax.tree.map(lambda leaf: 50 * leaf, params.trainable))
+    texts = [
+        answer(experiment.task.language, one, ["please count the number"], template="short", new_tokens=12)
+        for one in (params, strong)
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_the_table_compares_in_the_same_view(finished):
+    runs = compare.load_runs(finished)
+    assert has_personal(runs)
+    rows = personal_summary(runs, baseline="fedit")
+    perfit, fedit = rows
+    expected = 100 * (perfit.perplexity["tuned"].mean / fedit.perplexity["tuned"].mean - 1)
+    assert perfit.change["tuned"].mean == pytest.approx(expected)
+    assert fedit.change["tuned"] is None
+    assert len(personal_markdown(rows).splitlines()) == 4
+    assert json.loads(personal_json(rows))[0]["trained_entries"] == ENTRIES
+    with pytest.raises(ConfigurationError, match="unknown baseline"):
+        personal_summary(runs, baseline="nobody")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "lenet"}, "model = 'lenet' does not fit data = 'records': choose one of pretrained, smollm2"),
+        ({"data": "digits", "partition": "iid"}, "model = 'pretrained' does not fit data = 'digits'"),
+        ({"model": {"name": "pretrained", "path": "/nowhere"}}, "nowhere"),
+        ({"engine": {"client_store": "host", "lanes": 1}}, "client_store = 'host' keeps most clients off"),
+        ({"algorithm": {"name": "perfit", "warm_up": 50}}, "warm_up = 50 takes all 4 local steps of client 0"),
+        ({"algorithm": {"name": "perfit", "warm_up": 1, "levels": [3.0]}}, "at most algorithm.expansion = 2"),
+        ({"algorithm": {"name": "perfit", "warm_up": 1, "levels": [0.01]}}, "some would be empty"),
+        ({"text": {"cut_off": 24, "test_records": 40}}, "client 0"),
+        ({"text": {"cut_off": 3}}, "cut_off = 3 leaves nothing to train on of client 0"),
+        ({"text": {"cut_off": 24, "template": "chat"}}, "chat template"),
+    ],
+)
+def test_bad_settings_are_named_with_the_remedy(place, changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        build(made(place, **changes))
