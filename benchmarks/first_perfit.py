@@ -58,7 +58,9 @@ def main() -> None:
     console = Console()
     started = time.perf_counter()
     folders = {
-        label: finished_or_run(arguments.config, label, [*arguments.overrides, *method, f"seed={arguments.seed}"], console)
+        label: finished_or_run(
+            arguments.config, label, [*arguments.overrides, *method, f"seed={arguments.seed}"], console
+        )
         for label, method in METHODS.items()
     }
     runs = comparison.load_runs(folders.values())
