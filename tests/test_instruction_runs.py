@@ -179,6 +179,13 @@ def test_the_table_compares_in_the_same_view(finished):
         personal_summary(runs, baseline="nobody")
 
 
+def test_flops_of_a_training_token_are_counted_by_hand(place):
+    language = build(made(place)).task.language
+    matrices = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32) + 16 * 64  # q, k and v, o, the three of SwiGLU; head
+    adapters = 2 * 4 * ((16 + 16) + (16 + 8))  # the expanded rank is trained densely in the warm-up
+    assert language.training_flops(24) == 4 * matrices + 12 * 2 * 24 * 16 + 6 * adapters
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

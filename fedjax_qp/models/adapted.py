@@ -10,6 +10,7 @@ from fedjax_qp.federated import Model
 from fedjax_qp.models import gguf
 from fedjax_qp.models.language import language_model
 from fedjax_qp.models.llama import LlamaConfig
+from fedjax_qp.models.lora import select_targets
 from fedjax_qp.models.pretrained import load_weights
 from fedjax_qp.models.pretrained_config import read_config
 from fedjax_qp.models.registry import language_models
@@ -36,6 +37,20 @@ class AdaptedModel(NamedTuple):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+    def training_flops(self, length: int) -> float:
+        """Floating-point operations of one token's forward and backward pass in sequences of `length` tokens.
+
+        Counted: the frozen matrices and the head twice (outputs, and gradients of inputs; they get no gradient of their own),
+        attention over the whole sequence, adapters in full. Recomputation, masks and the optimizer are not.
+        """
+        config = self.config
+        sizes = config.projections()
+        frozen = config.layers * sum(inputs * outputs for inputs, outputs in sizes.values())
+        frozen += config.width * config.vocabulary
+        adapters = config.layers * self.rank * sum(sum(sizes[name]) for name in select_targets(config, self.targets))
+        attention = config.layers * length * config.heads * config.head_size
+        return 4.0 * frozen + 12.0 * attention + 6.0 * adapters
 
 
 @language_models.register
