@@ -30,7 +30,9 @@ from fedjax_qp.run import FAILURE, resume, run
 from fedjax_qp.simulate import NonFiniteLoss
 
 TUNE = {
-    "fedavgm": [f"algorithm=fedavgm algorithm.weighting=uniform algorithm.momentum={m}" for m in (0.3, 0.5, 0.7, 0.9, 0.6)],
+    "fedavgm": [
+        f"algorithm=fedavgm algorithm.weighting=uniform algorithm.momentum={m}" for m in (0.3, 0.5, 0.7, 0.9, 0.6)
+    ],
     "fedmut": [f"algorithm=fedmut algorithm.alpha={a}" for a in (0.5, 1, 2, 4, 0.25)],
     "nearest": [
         f"algorithm=fedqp algorithm.form=nearest algorithm.alpha={a} algorithm.margin={t}"
@@ -46,7 +48,13 @@ TUNE = {
     ],
     "references": [
         f"algorithm=fedqp algorithm.form=references algorithm.references={r} algorithm.alpha={a} algorithm.margin={t}"
-        for r, a, t in (("clients", 1, 0), ("clients", 2, 0), ("history", 1, 0), ("history", 2, 0), ("history", 2, 0.25))
+        for r, a, t in (
+            ("clients", 1, 0),
+            ("clients", 2, 0),
+            ("history", 1, 0),
+            ("history", 2, 0),
+            ("history", 2, 0.25),
+        )
     ],
 }
 FIXED = {"fedavg-size": "algorithm=fedavg", "fedavg-uniform": "algorithm=fedavg algorithm.weighting=uniform"}

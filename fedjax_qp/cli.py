@@ -1,5 +1,6 @@
-"""The command line: `fedjax-qp run | resume | compare | adapters | answer | list`."""
+"""The command line: `fedjax-qp run | resume | compare | adapters | answer | memory | list`."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -154,6 +155,45 @@ def answer(
     return 0
 
 
+def memory(
+    config: Positional[Path],
+    overrides: Positional[tuple[str, ...]] = (),
+    *,
+    clients: int | None = None,
+    sequences_per_client: int = 1000,
+) -> int:
+    """Says how many bytes a run of a language model takes on each device; reads neither weights nor data.
+
+    Args:
+      config: YAML file; see configs/.
+      overrides: settings to change, such as engine.model_devices=8.
+      clients: number of clients in the federation; default the cohort.
+      sequences_per_client: packed training sequences of each client.
+    """
+    from fedjax_qp import config as configuration
+
+    loaded = configuration.load(config, list(overrides))
+    needed = loaded.engine.devices * loaded.engine.model_devices
+    if "jax" not in sys.modules:  # the mesh is made of host devices, whatever this machine has
+        # Nothing is run, so the machine code need not be good; which arrays live when is settled before it is made.
+        flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")
+        os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    from fedjax_qp.memory import measure, memory_table
+
+    clients = clients or loaded.participation.cohort
+    found = measure(loaded, clients=clients, sequences_per_client=sequences_per_client)
+    console = Console()
+    console.print(memory_table(loaded, found))
+    console.print(
+        f"{clients} clients with {sequences_per_client} sequences each; one more takes {found.per_client:,} bytes.\n"
+        f"Trainable entries of a client: {found.trainable_entries:,} (before any mask).\n"
+        "Temporaries are those of the CPU compiler: on another device only an estimate. "
+        f"Compiled in {found.seconds:.0f} s."
+    )
+    return 0
+
+
 def list_parts(kind: Positional[Literal["all", "algorithms", "data", "partitions", "models"]] = "all") -> int:
     """Lists algorithms, data sources, partitions and models with their options and defaults."""
     from fedjax_qp.algorithms import algorithms
@@ -194,6 +234,7 @@ def main(arguments: list[str] | None = None) -> None:
         "compare": compare,
         "adapters": adapters,
         "answer": answer,
+        "memory": memory,
         "list": list_parts,
     }
     try:

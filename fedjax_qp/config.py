@@ -40,6 +40,7 @@ class Local:
     epochs: Count = 5
     batch_size: Count = 50
     maximum_steps: Count | None = None  # cuts a client's work off; null = E·ceil(n/B) steps
+    accumulate: Count = 1  # batches averaged into one optimizer step, see `experiment.local_optimizer`
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Engine:
 
     parallel: Literal["vmap", "shard_map", "pmap"] = "vmap"
     devices: Count = 1
+    model_devices: Count = 1  # devices that share the frozen weights of each group of lanes
     lanes: Count | Literal["auto"] = "auto"  # clients trained side by side; auto measures and picks
     rounds_per_chunk: Count = 10  # rounds in one program; also the distance of checkpoints
     client_store: Literal["device", "host"] = "device"

@@ -65,7 +65,12 @@ def _registry(key: str, name: str) -> Registry:
 
 
 def local_optimizer(local: Local) -> optax.GradientTransformation:
-    """The clients' optimizer."""
+    """The clients' optimizer.
+
+    With `local.accumulate` = a it moves once in a batches, by their mean gradient; a batch counts the same however many
+    examples or tokens it holds. The count starts anew with each round (and each preparation), so the last batches of a
+    client's round are lost where its steps are no multiple of a.
+    """
     rules = {
         "sgd": lambda: optax.sgd(local.learning_rate, local.momentum or None),
         "adam": lambda: optax.adam(local.learning_rate),
@@ -76,7 +81,10 @@ def local_optimizer(local: Local) -> optax.GradientTransformation:
         steps.append(optax.clip_by_global_norm(local.clip_norm))
     if local.weight_decay and local.optimizer != "adamw":
         steps.append(optax.add_decayed_weights(local.weight_decay))
-    return optax.chain(*steps, rules[local.optimizer]())
+    optimizer = optax.chain(*steps, rules[local.optimizer]())
+    if local.accumulate == 1:
+        return optimizer
+    return optax.MultiSteps(optimizer, every_k_schedule=local.accumulate).gradient_transformation()
 
 
 def build(config: Config) -> Experiment:
@@ -86,7 +94,7 @@ def build(config: Config) -> Experiment:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
     config = resolve(config)
-    _check_devices(config)
+    check_devices(config)
     optimizer = local_optimizer(config.local)
     algorithm_of = partial(algorithms[config.algorithm.name], optimizer=optimizer, **config.algorithm.options)
     # Built once without a model, so that bad hyper-parameters show up before the data is read.
@@ -103,6 +111,7 @@ def build(config: Config) -> Experiment:
         task.parts, config.participation, config.local, config.seed, task.sizes, preparation=algorithm.preparation
     )
     _check_preparation(work)
+    _check_accumulation(work)
     if task.personal is not None and config.engine.client_store == "host":
         raise ConfigurationError(
             "engine.client_store = 'host' keeps most clients off the device, but this task tests every client there: "
@@ -147,6 +156,8 @@ def start_engine(experiment: Experiment) -> Engine:
         seed=experiment.config.seed,
         parallel=engine.parallel,
         devices=engine.devices,
+        model_devices=engine.model_devices,
+        frozen_axes=experiment.task.frozen_axes,
     )
 
 
@@ -190,7 +201,25 @@ def _check_preparation(work: Workload) -> None:
         )
 
 
-def _check_devices(config: Config) -> None:
+def _check_accumulation(work: Workload) -> None:
+    """A client with fewer steps than gradients to average would never move, nor would its warm-up."""
+    every = work.local.accumulate
+    warm_up = work.preparation.charged if work.preparation is not None else 0
+    if 0 < warm_up < every:
+        raise ConfigurationError(
+            f"local.accumulate = {every} leaves nothing of a warm-up of {warm_up} steps: choose 1 to {warm_up}, or an "
+            f"algorithm.warm_up of at least {every}."
+        )
+    fewest, client = min((client_steps(len(part), work.local), client) for client, part in enumerate(work.parts))
+    if every > fewest - warm_up:
+        raise ConfigurationError(
+            f"local.accumulate = {every} is more than the {fewest - warm_up} local steps of client {client}: choose 1 to "
+            f"{fewest - warm_up}, or more local.epochs or a smaller local.batch_size."
+        )
+
+
+def check_devices(config: Config) -> None:
+    """Checks the engine's settings against each other and against the devices there are."""
     engine = config.engine
     available = jax.device_count()
     if engine.devices > available:
@@ -198,6 +227,7 @@ def _check_devices(config: Config) -> None:
             f"engine.devices = {engine.devices}, but {available} {jax.default_backend()} device(s) are visible: choose 1 "
             f"to {available} (host devices: XLA_FLAGS=--xla_force_host_platform_device_count={engine.devices})."
         )
+    _check_model_devices(config, available)
     if engine.parallel == "vmap" and engine.devices > 1:
         raise ConfigurationError(
             f"engine.devices = {engine.devices} with engine.parallel = 'vmap', which uses one device: choose shard_map "
@@ -213,6 +243,31 @@ def _check_devices(config: Config) -> None:
         raise ConfigurationError(
             f"engine.lanes = {engine.lanes} is more than the {config.participation.cohort} clients of a round: choose 1 "
             f"to {most}."
+        )
+
+
+def _check_model_devices(config: Config, available: int) -> None:
+    engine = config.engine
+    if engine.model_devices == 1:
+        return
+    given = f"engine.model_devices = {engine.model_devices}"
+    if engine.parallel == "pmap":
+        raise ConfigurationError(
+            f"{given} with engine.parallel = 'pmap', which knows no second axis of devices: choose shard_map (or vmap with "
+            "engine.devices = 1), or 1."
+        )
+    if _registry("model", config.model.name) is not language_models:
+        raise ConfigurationError(
+            f"{given}, but model = {config.model.name!r} has no frozen weights to share: choose 1 and raise engine.devices, "
+            f"or one of {', '.join(language_models.names())}."
+        )
+    needed = engine.devices * engine.model_devices
+    if needed > available:
+        most = max(1, available // engine.devices)
+        raise ConfigurationError(
+            f"{given} with engine.devices = {engine.devices} needs {needed} devices, but {available} "
+            f"{jax.default_backend()} device(s) are visible: choose 1 to {most} (host devices: "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed})."
         )
 
 

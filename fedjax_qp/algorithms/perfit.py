@@ -131,7 +131,7 @@ def perfit(
     group_of_level = jnp.array([kinds.index(level) if grouped else 0 for level in levels])
 
     def dispatch(server: PerfitServer, cohort: Cohort, key: Any) -> tuple[PerfitServer, PerfitOwn, dict]:
-        total = lora.count(server.adapters) // groups
+        total = int(lora.count(server.adapters)) // groups
         budgets = [round(level * total / expansion) for level in levels]
         check_budgets(budgets, modules=sum(adapter["a"].shape[1] for adapter in server.adapters.values()))
         level = jnp.asarray(cohort.clients) % len(levels)

@@ -5,10 +5,20 @@ evaluation inside. A lane runs its clients one after another: at a client's firs
 last it adds the upload to the round's sum. That boundary work sits under a scalar `lax.cond`, so ordinary steps do not
 pay for it. The number of steps and of rounds are dynamic trip counts: nothing is recompiled from round to round.
 
-Several devices split the lanes; everything else is replicated, and the devices meet in one sum at the end of a round.
+Several devices split the lanes; everything else is replicated, and the devices meet in one sum at the end of a round. Each
+group of lanes may have several devices that share the frozen weights (see `layout`).
 """
 
 from fedjax_qp.engine.evaluation import PersonalTests, TestSet, cut_test_set
-from fedjax_qp.engine.layout import AXIS, Engine, make_engine
+from fedjax_qp.engine.layout import AXIS, Engine, Program, make_engine, make_program
 
-__all__ = ["AXIS", "Engine", "PersonalTests", "TestSet", "cut_test_set", "make_engine"]
+__all__ = [
+    "AXIS",
+    "Engine",
+    "PersonalTests",
+    "Program",
+    "TestSet",
+    "cut_test_set",
+    "make_engine",
+    "make_program",
+]

@@ -1,4 +1,9 @@
-"""From the program to devices: vmap on one, shard_map or pmap over several. The only file that knows meshes."""
+"""From the program to devices: vmap on one, shard_map or pmap over several. The only file that knows meshes.
+
+Lanes are split over the mesh axis `clients`. Where the frozen weights are too big for one device, a second axis `model`
+shares them out: each group of lanes then has `model_devices` devices, and the compiler finds from the weights' places how
+these divide the work and what they exchange (it is left to it: shard_map is told of the first axis only).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +19,7 @@ from fedjax_qp.engine.evaluation import PersonalTests, TestSet
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.plan import Plan
 
-AXIS = "clients"
+AXIS, MODEL_AXIS = "clients", "model"
 
 
 class Engine(NamedTuple):
@@ -23,6 +28,63 @@ class Engine(NamedTuple):
     place_state: Callable[[FederatedState], FederatedState]
     place_plan: Callable[[Plan], Plan]
     run: Callable[[FederatedState, Plan], tuple[FederatedState, dict[str, Array]]]
+
+
+class Program(NamedTuple):
+    """The program of a chunk, not yet compiled, and where it wants its arguments."""
+
+    call: Callable[..., tuple[FederatedState, dict[str, Array]]]  # (state, frozen, train, test, personal, plan, key)
+    everywhere: NamedSharding
+    by_lane: NamedSharding
+    frozen: PyTree  # shardings, a prefix of the frozen tree
+
+
+def make_program(
+    algorithm: Algorithm,
+    model: Model,
+    *,
+    parallel: str = "vmap",
+    devices: int = 1,
+    model_devices: int = 1,
+    frozen_axes: PyTree = None,
+) -> Program:
+    """Lays the program of a chunk out on devices; the arguments are those of `make_engine`."""
+    sizes = (devices, model_devices) if model_devices > 1 else (devices,)
+    names = (AXIS, MODEL_AXIS)[: len(sizes)]
+    grid = np.array(jax.devices()[: devices * model_devices]).reshape(sizes)
+    mesh = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(sizes))
+    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+    chunk = partial(run_chunk, algorithm, model, None if parallel == "vmap" else AXIS)
+    whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
+    if parallel == "pmap":
+        if model_devices > 1:
+            raise ValueError(f"pmap has one axis of devices, so it cannot use model_devices = {model_devices}")
+        program = jax.pmap(
+            chunk,
+            AXIS,
+            in_axes=(None,) * 5 + (_for_lanes(0, None), None),
+            out_axes=None,
+            devices=list(mesh.devices.flat),
+        )
+        return Program(program, everywhere, split, everywhere)
+    if parallel == "shard_map":
+        chunk = jax.shard_map(
+            chunk,
+            mesh=mesh,
+            in_specs=(whole,) * 5 + (_for_lanes(by_lane, whole), whole),
+            out_specs=whole,
+            axis_names={AXIS},
+            check_vma=False,
+        )
+    # With a model axis the compiler would choose where the new state lies, and the next chunk would be another program.
+    program = jax.jit(chunk, donate_argnums=0, out_shardings=everywhere if model_devices > 1 else None)
+
+    def of_weights(axis: int | None) -> NamedSharding:
+        return everywhere if axis is None else NamedSharding(mesh, PartitionSpec(*[None] * axis, MODEL_AXIS))
+
+    shared_out = model_devices > 1 and frozen_axes is not None
+    frozen = jax.tree.map(of_weights, frozen_axes, is_leaf=lambda axis: axis is None) if shared_out else everywhere
+    return Program(program, everywhere, split, frozen)
 
 
 def make_engine(
@@ -36,54 +98,39 @@ def make_engine(
     seed: int,
     parallel: str = "vmap",
     devices: int = 1,
+    model_devices: int = 1,
+    frozen_axes: PyTree = None,
 ) -> Engine:
     """Compiles nothing yet; the first `run` does, once for the whole run.
 
     Args:
       train: training examples, arrays [N, ...]; they go to the device once, in their own dtype (uint8 images stay so).
       personal: each client's own test examples, where there are any.
-      parallel: "vmap" (one device), "shard_map" or "pmap" (lanes split over `devices`; the number of lanes must be a
-        multiple of it).
+      parallel: "vmap" (one device for all lanes), "shard_map" or "pmap" (lanes split over `devices`; the number of lanes
+        must be a multiple of it).
+      model_devices: devices that share the frozen weights of each group of lanes; not with pmap. All in all
+        `devices` · `model_devices` are used.
+      frozen_axes: for each frozen array the axis that is split over `model_devices`, or None for one that each device
+        holds; None alone: all of them.
     """
-    mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,), axis_types=(AxisType.Auto,))
-    everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
-    axis = None if parallel == "vmap" else AXIS
-    chunk = partial(run_chunk, algorithm, model, axis)
-    pmapped = parallel == "pmap"
+    program = make_program(
+        algorithm, model, parallel=parallel, devices=devices, model_devices=model_devices, frozen_axes=frozen_axes
+    )
+    everywhere, pmapped = program.everywhere, parallel == "pmap"
 
     def place_plan(plan: Plan) -> Plan:
         by_lane = (plan.lanes, plan.preparations)
         if pmapped:
             by_lane = jax.tree.map(lambda leaf: leaf.reshape(devices, len(leaf) // devices, *leaf.shape[1:]), by_lane)
-        lanes, preparations = jax.device_put(by_lane, split)
+        lanes, preparations = jax.device_put(by_lane, program.by_lane)
         common = jax.device_put(plan._replace(lanes=(), preparations=()), everywhere)
         return common._replace(lanes=lanes, preparations=preparations)
 
-    whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
-    if parallel == "vmap":
-        program = jax.jit(chunk, donate_argnums=0)
-    elif parallel == "shard_map":
-        mapped = jax.shard_map(
-            chunk,
-            mesh=mesh,
-            in_specs=(whole,) * 5 + (_for_lanes(by_lane, whole), whole),
-            out_specs=whole,
-            check_vma=False,
-        )
-        program = jax.jit(mapped, donate_argnums=0)
-    else:
-        program = jax.pmap(
-            chunk,
-            AXIS,
-            in_axes=(None,) * 5 + (_for_lanes(0, None), None),
-            out_axes=None,
-            devices=list(mesh.devices.flat),
-        )
-    fixed = jax.device_put((frozen, train, test, personal), everywhere)
+    fixed = (jax.device_put(frozen, program.frozen), *jax.device_put((train, test, personal), everywhere))
     key = jax.device_put(jax.random.key(seed), everywhere)
 
     def run(state: FederatedState, plan: Plan) -> tuple[FederatedState, dict[str, Array]]:
-        return program(state, *fixed, plan, key)
+        return program.call(state, *fixed, plan, key)
 
     return Engine(partial(jax.device_put, device=everywhere), place_plan, run)
 

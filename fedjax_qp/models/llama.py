@@ -349,6 +349,35 @@ def abstract_weights(config: LlamaConfig, dtype: Any = jnp.float32) -> dict:
     return weights
 
 
+def split_axes(config: LlamaConfig, parts: int) -> dict:
+    """Returns of each base weight the axis along which `parts` devices can share it, or None where each needs all of it.
+
+    Source: Shoeybi et al., "Megatron-LM", 2019: what enters a layer is whole on every device; the outputs of q, k, v, gate
+    and up are split, and so are the inputs of o and down, whose partial products are summed. Attention is split by whole
+    heads, the embedding and the head by vocabulary. What does not divide evenly is not split.
+    """
+    by_output, by_input = {"kernel": 2, "bias": 1}, {"kernel": 1}
+    pieces = {  # how many there are to deal, and how each array is cut
+        "q_proj": (config.heads, by_output),
+        "k_proj": (config.key_value_heads, by_output),
+        "v_proj": (config.key_value_heads, by_output),
+        "o_proj": (config.heads, by_input),
+        "gate_proj": (config.hidden, by_output),
+        "up_proj": (config.hidden, by_output),
+        "down_proj": (config.hidden, by_input),
+        "embed": (config.vocabulary, {"embed": 0}),
+        "head": (config.vocabulary, {"kernel": 1}),
+    }
+
+    def axis(path: tuple, leaf: jax.ShapeDtypeStruct) -> int | None:
+        keys = [entry.key for entry in path]
+        owner = keys[1] if keys[0] == "blocks" else keys[0]
+        count, axes = pieces.get(owner, (0, {}))
+        return axes.get(keys[-1]) if count % parts == 0 else None
+
+    return jax.tree.map_with_path(axis, abstract_weights(config))
+
+
 def initial_weights(config: LlamaConfig, key: Key[Array, ""], dtype: Any = jnp.float32) -> dict:
     """Returns random base weights for tests and timing.
 

@@ -16,6 +16,8 @@ from fedjax_qp.data.partition import hold_out
 from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
 from fedjax_qp.engine import PersonalTests, cut_test_set
 from fedjax_qp.models import language_models
+from fedjax_qp.models.adapted import AdaptedModel
+from fedjax_qp.models.llama import split_axes
 from fedjax_qp.tasks.task import Task
 
 
@@ -49,6 +51,7 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
     return Task(
         model=language.model,
         frozen=language.frozen,
+        frozen_axes=split_axes(language.config, config.engine.model_devices),
         train=_joined(train),
         test=cut_test_set(pack(common, text.cut_off, text.pack), config.evaluation.batch_size),
         personal=_personal([pack(client, text.cut_off, text.pack) for client in tests], config.evaluation.batch_size),
@@ -58,7 +61,10 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         class_names=data.class_names,
         shares=np.ones((len(parts), 1)),
         language=language,
-        notes=tuple(_notes(text, _joined(train), clients, trains)),
+        notes=(
+            *_notes(text, _joined(train), clients, trains),
+            _cost(language, text, len(_joined(train).tokens) / len(parts)),
+        ),
     )
 
 
@@ -91,6 +97,15 @@ def _personal(tests: list[Sequences], batch_size: int) -> PersonalTests:
     cut = [jax.tree.map(filled, part) for part in tests]
     masks = [filled(np.ones(len(part.tokens), bool)) for part in tests]
     return PersonalTests(jax.tree.map(lambda *leaves: np.stack(leaves), *cut), np.stack(masks))
+
+
+def _cost(language: AdaptedModel, text: Text, sequences: float) -> str:
+    each = language.training_flops(text.cut_off)
+    epoch = each * text.cut_off * sequences
+    return (
+        f"{each / 1e9:.3g} GFLOP a training token, {epoch / 1e12:.3g} TFLOP a client's epoch (mean, padding included; "
+        "a forward pass alone is about half)"
+    )
 
 
 def _notes(text: Text, train: Sequences, clients: list[Encoded], trains: list[Encoded]) -> list[str]:

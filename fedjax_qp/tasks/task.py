@@ -23,5 +23,6 @@ class Task(NamedTuple):
     counts: Int[np.ndarray, "K C"]  # training records per client and class, for the partition's table and figure
     class_names: tuple[str, ...]
     shares: Float[np.ndarray, "K c"]  # per client, its mixture of the classes that the model's metrics are counted by
+    frozen_axes: PyTree = None  # of each frozen array, the axis along which devices may share it, or None
     language: AdaptedModel | None = None  # of instruction tuning
     notes: tuple[str, ...] = ()  # what a user should know of the data before the run

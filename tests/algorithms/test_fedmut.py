@@ -58,7 +58,7 @@ def test_mutants_sum_to_zero_and_have_length_alpha_g(update, members):
     """With β = 0: Σ_i (w_i − w) = 0 and ‖w_i − w‖ = α‖g‖, except the odd client, which is not mutated."""
     alpha = 4.0
     params = Params(jax.tree.map(jnp.zeros_like, update), {})
-    algorithm = algorithms.build("fedmut", None, optax.sgd(0.1), alpha=alpha, beta0=0.0)
+    algorithm = algorithms.build("fedmut", small_model(), optax.sgd(0.1), alpha=alpha, beta0=0.0)
     server = MutationServer(params, update, jnp.int32(0), ())
     cohort = Cohort(jnp.arange(members), jnp.ones(members), jnp.ones(members))
     shared, own, metrics = algorithm.dispatch(server, cohort, jax.random.key(0))
@@ -73,7 +73,7 @@ def test_mutants_sum_to_zero_and_have_length_alpha_g(update, members):
 
 
 def test_drift_is_half_alpha_beta(update):
-    algorithm = algorithms.build("fedmut", None, optax.sgd(0.1), alpha=4.0, beta0=0.3, mutation_rounds=50)
+    algorithm = algorithms.build("fedmut", small_model(), optax.sgd(0.1), alpha=4.0, beta0=0.3, mutation_rounds=50)
     for members, expected in ((10, 4 * 0.3 / 2), (5, 4 * 0.3 / 2 * 4 / 5)):
         server = MutationServer(Params(update, {}), update, jnp.int32(0), ())
         cohort = Cohort(jnp.arange(members), jnp.ones(members), jnp.ones(members))

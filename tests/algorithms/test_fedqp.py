@@ -140,7 +140,7 @@ def test_client_references_are_results_minus_the_last_global_model(server):
     ones = jnp.ones(3)
     uploads = Upload(ones, Params(stacked, {}), stacked, ones)
     for kept in (2, 5):
-        algorithm = algorithms.build("fedqp", None, optax.sgd(0.1), form="references", references_kept=kept)
+        algorithm = algorithms.build("fedqp", small_model(), optax.sgd(0.1), form="references", references_kept=kept)
         new, _ = algorithm.combine_each(algorithm.init_server(params), uploads, None, None)
         for index in range(kept):
             row = jax.tree.map(lambda leaf, i=index: leaf[i], new.references)
@@ -151,7 +151,7 @@ def test_client_references_are_results_minus_the_last_global_model(server):
 
 def test_history_references_are_the_earlier_updates_newest_first(server):
     options = {"form": "references", "references": "history", "references_kept": 2}
-    algorithm = algorithms.build("fedqp", None, optax.sgd(0.1), **options)
+    algorithm = algorithms.build("fedqp", small_model(), optax.sgd(0.1), **options)
     state = algorithm.init_server(server.params)
     updates = [jax.tree.map(lambda leaf, s=s: leaf * s, server.update) for s in (1.0, 2.0, 3.0, 4.0)]
     for update in updates:
