@@ -19,7 +19,7 @@ SMALL = {
     "data": "digits",
     "partition": {"name": "dirichlet", "clients": 12, "beta": 0.5, "minimum": 5},
     "model": {"name": "mlp", "hidden": [16]},
-    "algorithm": {"name": "fedqp", "alpha": 1.0},
+    "algorithm": {"name": "fedqp", "form": "nearest", "alpha": 1.0},
     "local": {"learning_rate": 0.05, "epochs": 1, "batch_size": 16},
     "participation": {"cohort": 4},
     "engine": {"lanes": 2, "rounds_per_chunk": 2},

@@ -140,7 +140,9 @@ def test_client_references_are_results_minus_the_last_global_model(server):
     ones = jnp.ones(3)
     uploads = Upload(ones, Params(stacked, {}), stacked, ones)
     for kept in (2, 5):
-        algorithm = algorithms.build("fedqp", small_model(), optax.sgd(0.1), form="references", references_kept=kept)
+        algorithm = algorithms.build(
+            "fedqp", small_model(), optax.sgd(0.1), form="references", references="clients", references_kept=kept
+        )
         new, _ = algorithm.combine_each(algorithm.init_server(params), uploads, None, None)
         for index in range(kept):
             row = jax.tree.map(lambda leaf, i=index: leaf[i], new.references)
