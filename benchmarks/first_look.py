@@ -15,6 +15,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.plots import plot_comparison
 from fedjax_qp.run import resume, run
 
+FOLDER = "runs/first-look"
 METHODS = {
     "FedAvg": ["algorithm=fedavg", "algorithm.weighting=uniform"],
     "FedMut": ["algorithm=fedmut", "algorithm.alpha=1"],
@@ -22,9 +23,9 @@ METHODS = {
 }
 
 
-def finished_or_run(file: Path, name: str, overrides: list[str], console: Console) -> Path:
-    """Runs, continues or keeps one run; returns its folder."""
-    config = configuration.load(file, [*overrides, f"name={name}", "folder=runs/first-look"])
+def finished_or_run(file: Path, name: str, folder: str, overrides: list[str], console: Console) -> Path:
+    """Runs, continues or keeps one run in `folder`, if the overrides name no other; returns the run's folder."""
+    config = configuration.load(file, [f"folder={folder}", *overrides, f"name={name}"])
     if (config.run_folder / "config.yaml").exists():
         resume(config.run_folder, console=console)
     else:
@@ -41,7 +42,9 @@ def main() -> None:
     console = Console()
     started = time.perf_counter()
     folders = [
-        finished_or_run(arguments.config, label, [*arguments.overrides, *method, f"seed={arguments.seed}"], console)
+        finished_or_run(
+            arguments.config, label, FOLDER, [*arguments.overrides, *method, f"seed={arguments.seed}"], console
+        )
         for label, method in METHODS.items()
     ]
     runs = comparison.load_runs(folders)

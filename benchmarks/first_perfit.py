@@ -9,28 +9,19 @@ import time
 from pathlib import Path
 
 import jax
+from first_look import finished_or_run
 from rich.console import Console
 
 from fedjax_qp import compare as comparison
-from fedjax_qp import config as configuration
 from fedjax_qp.adapters import answer, client_params, language_of
 from fedjax_qp.compare_personal import personal_summary, personal_table
 from fedjax_qp.engine.evaluation import evaluate
 from fedjax_qp.federated import Params
-from fedjax_qp.run import restore, resume, run
+from fedjax_qp.run import restore
 
+FOLDER = "runs/first-perfit"
 METHODS = {"FedIT": ["algorithm=fedit"], "PerFIT": []}
 QUESTIONS = ("Describe the taste of a lemon.", "Give three tips for staying healthy.")
-
-
-def finished_or_run(file: Path, name: str, overrides: list[str], console: Console) -> Path:
-    """Runs, continues or keeps one run; returns its folder."""
-    config = configuration.load(file, [*overrides, f"name={name}", "folder=runs/first-perfit"])
-    if (config.run_folder / "config.yaml").exists():
-        resume(config.run_folder, console=console)
-    else:
-        run(config, console)
-    return config.run_folder
 
 
 def show_answers(folder: Path, console: Console) -> None:

@@ -47,7 +47,8 @@ def test_overrides_reach_every_level(tmp_path):
         write(tmp_path),
         ["rounds=7", "algorithm.alpha=3", "engine.lanes=auto", "data.x=1", "evaluation.target_accuracy=0.5"],
     )
-    assert (loaded.rounds, loaded.algorithm.options, loaded.engine.lanes) == (7, {"alpha": 3}, "auto")
+    assert (loaded.rounds, loaded.engine.lanes) == (7, "auto")
+    assert loaded.algorithm.options == {"alpha": 3, "form": "nearest"}
     assert (loaded.data.options, loaded.evaluation.target_accuracy) == ({"x": 1}, 0.5)
 
 
