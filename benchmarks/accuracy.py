@@ -26,7 +26,8 @@ from fedjax_qp import compare as comparison
 from fedjax_qp import config as configuration
 from fedjax_qp import records
 from fedjax_qp.plots import plot_comparison
-from fedjax_qp.run import FAILURE, resume, run
+from fedjax_qp.run import resume, run
+from fedjax_qp.run_folder import FAILURE
 from fedjax_qp.simulate import NonFiniteLoss
 
 TUNE = {

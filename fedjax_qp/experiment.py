@@ -3,25 +3,26 @@
 import dataclasses
 import os
 import subprocess
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Float, PyTree
 
 from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Local, Part
 from fedjax_qp.data import check_partition, instruction_sources, partitions, sources
-from fedjax_qp.engine import Engine, make_engine
+from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state
 from fedjax_qp.models import language_models, models
 from fedjax_qp.plan import Workload, client_steps
-from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
+from fedjax_qp.registry import ConfigurationError, Registry, is_zero, unknown_name
 from fedjax_qp.tasks import Task, image_task, instruction_task
 
 
@@ -55,6 +56,11 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, **parts)
 
 
+def of_language_model(config: Config) -> bool:
+    """Whether the run trains a language model."""
+    return _registry("model", config.model.name) is language_models
+
+
 def _registry(key: str, name: str) -> Registry:
     """The registry that has a name."""
     found = [registry for registry in _REGISTRIES[key] if name in registry.names()]
@@ -64,7 +70,27 @@ def _registry(key: str, name: str) -> Registry:
     return found[0]
 
 
-def local_optimizer(local: Local) -> optax.GradientTransformation:
+TRACED = ("learning_rate", "momentum", "weight_decay", "clip_norm")  # settings of `local` that may be arrays
+
+
+def method(config: Config, model: Model) -> Callable[[Mapping[str, Any]], Algorithm]:
+    """The algorithm of a resolved configuration, as a function of settings that differ from it.
+
+    Settings are named as in overrides: those of `TRACED`, for example "local.learning_rate", and the algorithm's options that
+    are floats, for example "algorithm.alpha". Their values may be arrays inside a program.
+    """
+
+    def of_settings(settings: Mapping[str, Any]) -> Algorithm:
+        local, options = dataclasses.asdict(config.local), dict(config.algorithm.options)
+        for name, value in settings.items():
+            part, _, key = name.partition(".")
+            (local if part == "local" else options)[key] = value
+        return algorithms[config.algorithm.name](model, local_optimizer(SimpleNamespace(**local)), **options)
+
+    return of_settings
+
+
+def local_optimizer(local: Local | SimpleNamespace) -> optax.GradientTransformation:
     """The clients' optimizer.
 
     With `local.accumulate` = a it moves once in a batches, by their mean gradient; a batch counts the same however many
@@ -72,14 +98,14 @@ def local_optimizer(local: Local) -> optax.GradientTransformation:
     client's round are lost where its steps are no multiple of a.
     """
     rules = {
-        "sgd": lambda: optax.sgd(local.learning_rate, local.momentum or None),
+        "sgd": lambda: optax.sgd(local.learning_rate, None if is_zero(local.momentum) else local.momentum),
         "adam": lambda: optax.adam(local.learning_rate),
         "adamw": lambda: optax.adamw(local.learning_rate, weight_decay=local.weight_decay),
     }
     steps: list[optax.GradientTransformation] = []
     if local.clip_norm is not None:
         steps.append(optax.clip_by_global_norm(local.clip_norm))
-    if local.weight_decay and local.optimizer != "adamw":
+    if not is_zero(local.weight_decay) and local.optimizer != "adamw":
         steps.append(optax.add_decayed_weights(local.weight_decay))
     optimizer = optax.chain(*steps, rules[local.optimizer]())
     if local.accumulate == 1:
@@ -87,25 +113,26 @@ def local_optimizer(local: Local) -> optax.GradientTransformation:
     return optax.MultiSteps(optimizer, every_k_schedule=local.accumulate).gradient_transformation()
 
 
-def build(config: Config) -> Experiment:
+def build(config: Config, like: Experiment | None = None) -> Experiment:
     """Checks a configuration in full and builds its data, model and algorithm.
+
+    Args:
+      like: an experiment whose data and model are taken where the settings that make them are the same.
 
     Raises:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
     config = resolve(config)
     check_devices(config)
-    optimizer = local_optimizer(config.local)
-    algorithm_of = partial(algorithms[config.algorithm.name], optimizer=optimizer, **config.algorithm.options)
     # Built once without a model, so that bad hyper-parameters show up before the data is read.
-    algorithm_of(Model(init=_no_model, loss=_no_model, evaluate=_no_model))
-    task = _build_task(config)
+    method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
+    task = _build_task(config, like)
     if config.participation.cohort > len(task.parts):
         raise ConfigurationError(
             f"participation.cohort = {config.participation.cohort} is more than the {len(task.parts)} clients there are: "
             f"choose 1 to {len(task.parts)}, or more clients in the partition."
         )
-    algorithm = algorithm_of(task.model)
+    algorithm = method(config, task.model)({})
     _check_dispatch(task.model, algorithm, config.participation.cohort)
     work = Workload(
         task.parts, config.participation, config.local, config.seed, task.sizes, preparation=algorithm.preparation
@@ -120,23 +147,38 @@ def build(config: Config) -> Experiment:
     return Experiment(config, task, work, algorithm)
 
 
-def _build_task(config: Config) -> Task:
+def _build_task(config: Config, like: Experiment | None) -> Task:
     """Reads the data, deals it to the clients, and makes what the engine takes."""
+    if like is not None and _task_settings(config) == _task_settings(like.config):
+        return like.task
     kind = _registry("data", config.data.name)
-    of_language = _registry("model", config.model.name) is language_models
+    of_language = of_language_model(config)
     if (kind is instruction_sources) != of_language:
         fitting = language_models if kind is instruction_sources else models
         raise ConfigurationError(
             f"model = {config.model.name!r} does not fit data = {config.data.name!r}: choose one of "
             f"{', '.join(fitting.names())}."
         )
-    dataset = kind[config.data.name](**config.data.options)
+    shared = like if like is not None and like.config.data == config.data else None
+    dataset: Any = shared.task.dataset if shared is not None else None
+    if dataset is None:
+        dataset = kind[config.data.name](**config.data.options)
     generator = np.random.default_rng((config.seed, 0))
     parts = partitions[config.partition.name](dataset, generator, **config.partition.options)
     check_partition(parts, dataset)
-    if not of_language:
-        return image_task(config, dataset, parts)
-    return instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
+    if of_language:
+        return instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
+    task = image_task(config, dataset, parts)
+    if shared is not None and (shared.config.model, shared.config.evaluation) == (config.model, config.evaluation):
+        task = task._replace(model=shared.model, test=shared.task.test)  # a model of its own would compile anew
+    return task
+
+
+def _task_settings(config: Config) -> tuple:
+    """Everything that a task is made from."""
+    expansion = config.algorithm.options.get("expansion", 1)
+    parts = (config.data, config.partition, config.model, config.text, config.seed)
+    return *parts, config.evaluation.batch_size, config.engine.model_devices, expansion
 
 
 def _no_model(*arguments: object) -> None:
@@ -159,6 +201,43 @@ def start_engine(experiment: Experiment) -> Engine:
         model_devices=engine.model_devices,
         frozen_axes=experiment.task.frozen_axes,
     )
+
+
+def start_shared_engine(experiments: Sequence[Experiment]) -> Engine:
+    """One engine for several experiments that differ in nothing but what `together.groups` allows, or for one alone."""
+    if len(experiments) == 1:
+        return start_engine(experiments[0])
+    first, engine = experiments[0], experiments[0].config.engine
+    task = first.task
+    return make_shared_engine(
+        method(first.config, first.model),
+        first.model,
+        Data(task.frozen, task.train, task.test, task.personal),
+        Devices(engine.parallel, engine.devices, engine.model_devices, task.frozen_axes),
+        Runs(
+            differing_settings([experiment.config for experiment in experiments]),
+            jax.numpy.stack([jax.random.key(experiment.config.seed) for experiment in experiments]),
+        ),
+    )
+
+
+def join_states(states: Sequence[FederatedState]) -> FederatedState:
+    """The state that such an engine takes: with a leading axis of runs, which a run alone does not have."""
+    return states[0] if len(states) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+
+
+def traced_settings(config: Config) -> dict[str, float]:
+    """The settings of a resolved configuration that may be arrays in a program; see `method`."""
+    local = {f"local.{name}": getattr(config.local, name) for name in TRACED}
+    options = {f"algorithm.{name}": value for name, value in config.algorithm.options.items()}
+    return {name: value for name, value in (local | options).items() if isinstance(value, float)}
+
+
+def differing_settings(configs: Sequence[Config]) -> dict[str, Float[np.ndarray, "X"]]:
+    """Of the settings that may be arrays, those that are not the same in all configurations, with their values [X]."""
+    settings = [traced_settings(config) for config in configs]
+    columns = {name: np.array([row[name] for row in settings], np.float32) for name in settings[0]}
+    return {name: values for name, values in columns.items() if len(set(values.tolist())) > 1}
 
 
 def first_state(experiment: Experiment) -> FederatedState:
@@ -256,7 +335,7 @@ def _check_model_devices(config: Config, available: int) -> None:
             f"{given} with engine.parallel = 'pmap', which knows no second axis of devices: choose shard_map (or vmap with "
             "engine.devices = 1), or 1."
         )
-    if _registry("model", config.model.name) is not language_models:
+    if not of_language_model(config):
         raise ConfigurationError(
             f"{given}, but model = {config.model.name!r} has no frozen weights to share: choose 1 and raise engine.devices, "
             f"or one of {', '.join(language_models.names())}."

@@ -48,7 +48,7 @@ Metrics named `client/…` are per client; `client/loss` and, where a method has
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -170,38 +170,55 @@ def init_state(algorithm: Algorithm, params: Params, clients: int) -> FederatedS
 
 
 def federated_round(
-    algorithm: Algorithm,
+    method: Callable[[PyTree], Algorithm],
+    each: Callable[[Callable], Callable],
     prepare_clients: Callable,
     run_clients: Callable,
     state: FederatedState,
     cohort: Cohort,
-    rows: Int[Array, "M"],
-    key: Any,
+    rows: Int[Array, "X M"],
+    settings: PyTree,
+    key: Key[Array, "X"],
 ) -> tuple[FederatedState, dict[str, Array]]:
     """One round: the whole of federated learning in a few lines.
 
+    Several runs of one method may share a program (`together`); all arrays have a leading axis of runs, [X]. A run alone
+    is one of one.
+
     Args:
+      method: `(settings of one run) -> Algorithm`.
+      each: turns a function of one run into one of all of them.
       prepare_clients: `(shared, own, memories, key) -> memories`, the engine's parallel `prepare` of those who are due.
       run_clients: `(shared, own, memories, key) -> (collected, memories, metrics)`, the engine's parallel training of
-        the cohort; `collected` is the sum of the uploads, or all of them [M, ...] for `combine_each`.
+        the cohorts; `collected` is the sum of a run's uploads, or all of them [X, M, ...] for `combine_each`.
       rows: where each cohort member's memory lies in `state.clients`.
 
     Returns:
-      The next state, and a flat dict of metrics (per-client ones have shape [M]).
+      The next state, and a flat dict of metrics (per-client ones have shape [X, M]).
     """
-    keys = round_keys(key, state.round)
-    shared, own, dispatch_metrics = algorithm.dispatch(state.server, cohort, keys.dispatch)
-    memories = jax.tree.map(lambda leaf: leaf[rows], state.clients)
-    if algorithm.prepare is not None:
+
+    def of_method(name: str) -> Callable:
+        return each(lambda settings, *arguments: getattr(method(settings), name)(*arguments))
+
+    kind = method(jax.tree.map(lambda values: values[0], settings))  # which functions there are is the same for all
+    keys = each(round_keys)(key, state.round)
+    shared, own, dispatch_metrics = of_method("dispatch")(settings, state.server, cohort, keys.dispatch)
+    memories = each(lambda memories, rows: jax.tree.map(lambda leaf: leaf[rows], memories))(state.clients, rows)
+    if kind.prepare is not None:
         memories = prepare_clients(shared, own, memories, keys.clients)
     collected, memories, client_metrics = run_clients(shared, own, memories, keys.clients)
-    if algorithm.combine_each is not None:
-        server, metrics = algorithm.combine_each(state.server, collected, cohort, keys.combine)
+    if kind.combine_each is not None:
+        server, metrics = of_method("combine_each")(settings, state.server, collected, cohort, keys.combine)
     else:
-        assert algorithm.combine is not None, "an algorithm needs combine or combine_each"
-        server, metrics = algorithm.combine(state.server, collected, keys.combine)
-    # A round in which everybody dropped out must not move the server, not even by its momentum.
-    reported = (cohort.steps > 0).any()
-    server = jax.tree.map(lambda new, old: jnp.where(reported, new, old), server, state.server)
-    clients = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state.clients, memories)
-    return FederatedState(state.round + 1, server, clients), {**dispatch_metrics, **client_metrics, **metrics}
+        assert kind.combine is not None, "an algorithm needs combine or combine_each"
+        server, metrics = of_method("combine")(settings, state.server, collected, keys.combine)
+
+    def close(state: FederatedState, server: PyTree, memories: PyTree, cohort: Cohort, rows: Array) -> FederatedState:
+        # A round in which everybody dropped out must not move the server, not even by its momentum.
+        reported = (cohort.steps > 0).any()
+        server = jax.tree.map(lambda new, old: jnp.where(reported, new, old), server, state.server)
+        clients = jax.tree.map(lambda leaf, new: leaf.at[rows].set(new), state.clients, memories)
+        return FederatedState(state.round + 1, server, clients)
+
+    state = each(close)(state, server, memories, cohort, rows)
+    return state, {**dispatch_metrics, **client_metrics, **metrics}

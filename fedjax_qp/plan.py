@@ -8,6 +8,7 @@ lane runs its clients one after another. The number of steps of a round is then 
 """
 
 import heapq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -61,6 +62,7 @@ class Workload(NamedTuple):
     seed: int
     sizes: list[int] | None = None  # per client, its weight by size; None = its number of training examples
     preparation: Preparation | None = None  # of methods that prepare their clients
+    stopped: bool = False  # takes no further part in a program that it shares with others; nobody works
 
 
 def client_steps(size: int, local: Local) -> int:
@@ -79,7 +81,7 @@ def sample_cohort(work: Workload, round: int) -> Cohort:
     drops, lags = generator.random((2, settings.cohort))
     partial = np.maximum(1, np.ceil(steps * settings.straggler_work)).astype(steps.dtype)
     steps = np.where(lags < settings.stragglers, partial, steps)
-    steps = np.where(drops < settings.dropout, 0, steps)
+    steps = np.where((drops < settings.dropout) | work.stopped, 0, steps)
     return Cohort(clients.astype(np.int32), sizes.astype(np.float32), steps.astype(np.int32))
 
 
@@ -133,13 +135,17 @@ def longest_lane(steps: Int[Array | np.ndarray, "M"], lanes: int) -> int:
     return max(sum(int(steps[slot]) for slot in lane) for lane in pack(steps, lanes))
 
 
-def steps_bound(work: Workload, lanes: int) -> int:
+def steps_bound(works: Sequence[Workload], lanes: int) -> int:
     """The most steps any round can take, so that every chunk has the same shape and compiles once.
 
     List scheduling never exceeds total/L + (1 − 1/L)·longest (Graham 1969); the worst cohort is the M largest clients.
     """
-    worst = sorted(client_steps(len(part), work.local) for part in work.parts)[-work.participation.cohort :]
-    return max(1, (sum(worst) + (lanes - 1) * worst[-1]) // lanes)
+    worst = [
+        steps
+        for work in works
+        for steps in sorted(client_steps(len(part), work.local) for part in work.parts)[-work.participation.cohort :]
+    ]
+    return max(1, (sum(worst) + (lanes - 1) * max(worst)) // lanes)
 
 
 def plan_chunk(
@@ -154,11 +160,38 @@ def plan_chunk(
     Returns:
       A plan whose shapes do not depend on the rounds. `rows` equals the clients (a store that holds all of them).
     """
-    cohort_size, batch, bound = work.participation.cohort, work.local.batch_size, steps_bound(work, lanes)
+    return plan_together(
+        [work],
+        first_round,
+        rounds,
+        capacity=capacity,
+        lanes=lanes,
+        evaluate_every=evaluate_every,
+        last_round=last_round,
+    )
+
+
+def plan_together(
+    works: Sequence[Workload],
+    first_round: int,
+    rounds: int,
+    *,
+    capacity: int,
+    lanes: int,
+    evaluate_every: int,
+    last_round: int,
+) -> Plan:
+    """Plans rounds of X runs that share their lanes; see `plan_chunk`.
+
+    All runs have cohorts of the same size M and batches of the same size. Their cohorts stand one after another: in the
+    plan M is X·M, and slot s is client s mod M of run s div M.
+    """
+    members, batch, bound = works[0].participation.cohort, works[0].local.batch_size, steps_bound(works, lanes)
+    everyone = members * len(works)
     cohorts = Cohort(
-        np.zeros((capacity, cohort_size), np.int32),
-        np.zeros((capacity, cohort_size), np.float32),
-        np.zeros((capacity, cohort_size), np.int32),
+        np.zeros((capacity, everyone), np.int32),
+        np.zeros((capacity, everyone), np.float32),
+        np.zeros((capacity, everyone), np.int32),
     )
     work_lanes = Lanes(
         np.full((lanes, capacity, bound), IDLE, np.int32),
@@ -166,52 +199,76 @@ def plan_chunk(
         np.full((lanes, capacity, bound, batch), IDLE, np.int32),
         np.zeros((lanes, capacity), np.int32),
     )
-    preparations = _no_preparations(work, capacity, lanes)
+    preparations = _no_preparations(works, capacity, lanes)
     for index in range(rounds):
-        cohort = sample_cohort(work, first_round + index)
-        prepares = due(work, first_round + index, cohort)
-        if work.preparation is not None:
-            fewer = np.maximum(cohort.steps - work.preparation.charged, 1)
-            cohort = cohort._replace(steps=np.where(prepares, fewer, cohort.steps).astype(np.int32))
-            _fill_preparations(preparations, work, cohort, prepares, first_round + index, index)
-        for whole, part in zip(cohorts, cohort, strict=True):
-            whole[index] = part
-        _fill_lanes(work_lanes, work, cohort, first_round + index, index)
+        round = first_round + index
+        planned = [_cohort(work, round) for work in works]
+        for whole, parts in zip(cohorts, zip(*(cohort for cohort, _ in planned), strict=True), strict=True):
+            whole[index] = np.concatenate(parts)
+        prepares = np.concatenate([prepares for _, prepares in planned])
+        _fill_preparations(preparations, works, cohorts.clients[index], prepares, round, index)
+        _fill_lanes(work_lanes, works, cohorts, round, index)
     numbers = first_round + 1 + np.arange(capacity)
     evaluate = (numbers % evaluate_every == 0) | (numbers == last_round)
     return Plan(cohorts, cohorts.clients.copy(), work_lanes, preparations, evaluate, np.array(rounds, np.int32))
 
 
-def _fill_lanes(lanes: Lanes, work: Workload, cohort: Cohort, round: int, index: int) -> None:
-    for lane, slots in enumerate(pack(cohort.steps, len(lanes.slots))):
+def of_run(plan: Plan, run: int, runs: int) -> Plan:
+    """The part of a plan that records are made of, for one of its runs; lanes and preparations stay everybody's."""
+    members = plan.cohorts.clients.shape[1] // runs
+    mine = slice(run * members, (run + 1) * members)
+    return plan._replace(cohorts=Cohort(*(leaf[:, mine] for leaf in plan.cohorts)), rows=plan.rows[:, mine])
+
+
+def _cohort(work: Workload, round: int) -> tuple[Cohort, Bool[np.ndarray, "M"]]:
+    """The cohort of a round, and who of it prepares; what that counts for is taken off."""
+    cohort = sample_cohort(work, round)
+    prepares = due(work, round, cohort)
+    if work.preparation is not None:
+        fewer = np.maximum(cohort.steps - work.preparation.charged, 1)
+        cohort = cohort._replace(steps=np.where(prepares, fewer, cohort.steps).astype(np.int32))
+    return cohort, prepares
+
+
+def _fill_lanes(lanes: Lanes, works: Sequence[Workload], cohorts: Cohort, round: int, index: int) -> None:
+    members = works[0].participation.cohort
+    for lane, slots in enumerate(pack(cohorts.steps[index], len(lanes.slots))):
         position = 0
         for slot in slots:
-            steps = int(cohort.steps[slot])
+            steps, client = int(cohorts.steps[index, slot]), int(cohorts.clients[index, slot])
             span = slice(position, position + steps)
             lanes.slots[lane, index, span] = slot
             lanes.local_steps[lane, index, span] = np.arange(steps)
-            lanes.examples[lane, index, span] = client_batches(work, round, int(cohort.clients[slot]), steps)
+            lanes.examples[lane, index, span] = client_batches(works[slot // members], round, client, steps)
             position += steps
         lanes.steps[lane, index] = position
 
 
-def _no_preparations(work: Workload, capacity: int, lanes: int) -> Preparations:
-    turns = -(-work.participation.cohort // lanes) if work.preparation is not None else 0
-    batches = work.preparation.batches if work.preparation is not None else 0
+def _no_preparations(works: Sequence[Workload], capacity: int, lanes: int) -> Preparations:
+    wanted, everyone = works[0].preparation, works[0].participation.cohort * len(works)
+    turns = -(-everyone // lanes) if wanted is not None else 0
+    batches = wanted.batches if wanted is not None else 0
     return Preparations(
         np.full((lanes, capacity, turns), IDLE, np.int32),
-        np.full((lanes, capacity, turns, batches, work.local.batch_size), IDLE, np.int32),
+        np.full((lanes, capacity, turns, batches, works[0].local.batch_size), IDLE, np.int32),
         np.zeros((lanes, capacity), np.int32),
     )
 
 
 def _fill_preparations(
-    preparations: Preparations, work: Workload, cohort: Cohort, prepares: np.ndarray, round: int, index: int
+    preparations: Preparations,
+    works: Sequence[Workload],
+    clients: Int[Array | np.ndarray, "XM"],
+    prepares: Bool[np.ndarray, "XM"],
+    round: int,
+    index: int,
 ) -> None:
     lanes, _, _, batches, _ = preparations.examples.shape
     for position, slot in enumerate(np.flatnonzero(prepares)):
         turn, lane = divmod(position, lanes)
-        client = int(cohort.clients[slot])
+        work = works[int(slot) // works[0].participation.cohort]
         preparations.slots[lane, index, turn] = slot
-        preparations.examples[lane, index, turn] = client_batches(work, round, client, batches, _PREPARATION)
+        preparations.examples[lane, index, turn] = client_batches(
+            work, round, int(clients[slot]), batches, _PREPARATION
+        )
         preparations.turns[lane, index] = turn + 1

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 import pydantic
 
 
@@ -22,6 +23,11 @@ def unknown_name(kind: str, name: str, valid: Iterable[str]) -> ConfigurationErr
     nearest = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     return ConfigurationError(f"unknown {kind} {name!r}: {hint}Valid: {', '.join(valid) or 'none'}.")
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a setting is a plain 0, whose arithmetic can be left out. An array, of runs that share a program, is not."""
+    return not isinstance(value, jax.Array) and value == 0
 
 
 class Registry:

@@ -1,9 +1,9 @@
 """A run with everything around it: run folder, records, checkpoints, progress, early stop, orderly end on a signal."""
 
 import contextlib
-import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -13,19 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from fedjax_qp import config as configuration
-from fedjax_qp import records
 from fedjax_qp.checkpoint import Checkpoints
-from fedjax_qp.config import Config, Evaluation
-from fedjax_qp.data import plot_partition, print_table, summary
-from fedjax_qp.experiment import Experiment, build, environment, first_state, with_lanes
+from fedjax_qp.config import Config
+from fedjax_qp.data import print_table, summary
+from fedjax_qp.experiment import Experiment, build, first_state, with_lanes
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.lanes import LaneTrial, choose_lanes
-from fedjax_qp.plots import plot_run
-from fedjax_qp.records import Recorder
+from fedjax_qp.lanes import choose_lanes, describe
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.simulate import Chunk, NonFiniteLoss, simulate
+from fedjax_qp.run_folder import OpenRun, begin_folder, make_folder
+from fedjax_qp.simulate import NonFiniteLoss, simulate_together
 
-FAILURE = "failure.json"  # in the folder of a run that diverged
 DRIFT_LIMIT = 0.9
 
 
@@ -34,7 +31,8 @@ class Outcome(NamedTuple):
 
     folder: Path
     rounds: int  # finished
-    reason: str  # "finished", "target reached", "no progress", "interrupted"
+    reason: str  # "finished", "target reached", "no progress", "interrupted", "diverged", or what `stop` gave
+    error: NonFiniteLoss | None = None  # of one that diverged
 
 
 def run(config: Config, console: Console | None = None) -> Outcome:
@@ -51,19 +49,16 @@ def run(config: Config, console: Console | None = None) -> Outcome:
             "folder."
         )
     experiment = build(config)
-    _make_folder(folder)
+    make_folder(folder)
     if experiment.config.engine.lanes == "auto":
-        lanes, trials = choose_lanes(experiment)
-        _say_lanes(console, lanes, trials)
+        lanes, trials = choose_lanes([experiment])
+        console.print(describe(lanes, trials))
         experiment = with_lanes(experiment, lanes)
-    task = experiment.task
-    print_table(summary(task.counts), console=console)
-    for note in task.notes:
+    print_table(summary(experiment.task.counts), console=console)
+    for note in experiment.task.notes:
         console.print(note)
-    plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
-    configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run
-    return _continue(experiment, folder, first_state(experiment), console)
+    begin_folder(experiment)
+    return _alone(experiment, folder, first_state(experiment), console)
 
 
 def resume(folder: Path, overrides: list[str] | None = None, console: Console | None = None) -> Outcome:
@@ -93,7 +88,7 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
     if state is None:
         console.print("no checkpoint yet: starting from round 1")
         state = like
-    return _continue(experiment, folder, state, console)
+    return _alone(experiment, folder, state, console)
 
 
 def restore(folder: Path) -> tuple[Experiment, FederatedState]:
@@ -117,6 +112,13 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
 _MAY_CHANGE = ("rounds", "evaluation.", "checkpoints.", "engine.client_store")
 
 
+def _alone(experiment: Experiment, folder: Path, state: FederatedState, console: Console) -> Outcome:
+    (outcome,) = continue_runs([experiment], [folder], [state], console)
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome
+
+
 def _check_changes(changed: list[str]) -> None:
     refused = [change for change in changed if not change.startswith(_MAY_CHANGE)]
     if refused:
@@ -126,73 +128,58 @@ def _check_changes(changed: list[str]) -> None:
         )
 
 
-def _continue(experiment: Experiment, folder: Path, state: FederatedState, console: Console) -> Outcome:
-    config = experiment.config
-    done = int(state.round)
+def continue_runs(
+    experiments: Sequence[Experiment],
+    folders: Sequence[Path],
+    states: Sequence[FederatedState],
+    console: Console,
+    stop: Callable[[int, list[dict]], str | None] = lambda run, history: None,
+) -> list[Outcome]:
+    """Runs experiments that share a program from their states to their ends.
+
+    Args:
+      folders: theirs, already begun. They need not be where the configurations say: a folder may have been moved.
+      stop: `(position, records so far) -> reason` to end a run early, or None; asked at the ends of chunks.
+    """
+    done = int(states[0].round)
     with contextlib.ExitStack() as stack:
-        recorder = stack.enter_context(Recorder(folder, resume_round=done if done else None))
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=config.checkpoints.keep))
+        pairs = zip(experiments, folders, strict=True)
+        opened = [stack.enter_context(OpenRun(experiment.config, folder, done)) for experiment, folder in pairs]
         interrupted = stack.enter_context(_signals(console))
-        progress, task = _progress(stack, console, config, done)
-        warned = False
-        history = [line for line in records.read(folder) if line["round"] <= done] if done else []
-        stopped_before = _stop_reason(history, config.evaluation)  # an early-stopped run stays stopped
-        reason = stopped_before or "finished"
-        chunks = iter(()) if stopped_before else _noting_failure(simulate(experiment, state), folder)
-        for index, chunk in enumerate(chunks):
-            recorder.write(chunk.records)
-            history += chunk.records
-            warned = warned or _warn_of_drift(console, chunk.records)
-            done = int(chunk.state.round)
-            stop = _stop_reason(history, config.evaluation) or ("interrupted" if interrupted() else None)
-            if stop or done == config.rounds or (index + 1) % config.checkpoints.every_chunks == 0:
-                checkpoints.save(chunk.state, accuracy=chunk.records[-1].get("test_accuracy"))
-            progress.update(task, completed=done, accuracy=_last_accuracy(chunk) or float("nan"))
-            if stop:
-                reason = stop
+        progress, task = _progress(stack, console, experiments, done)
+        stopped = {run for run, open_run in enumerate(opened) if open_run.reason is not None}
+        everybody = simulate_together(experiments, states, stopped) if len(stopped) < len(opened) else ()
+        for number, chunks in enumerate(everybody, 1):
+            asked = "interrupted" if interrupted() else None
+            for run, (open_run, chunk) in enumerate(zip(opened, chunks, strict=True)):
+                if chunk is not None and open_run.take(chunk, number, partial(stop, run), asked):
+                    stopped.add(run)
+            _warn_of_drift(console, opened)
+            progress.update(task, completed=max(open_run.done for open_run in opened), accuracy=_best(opened))
+            if asked:
                 break
-        checkpoints.wait()
-    plot_run(history, folder / "run.png")
-    _say_end(console, config, folder, history, done, reason)
-    return Outcome(folder, done, reason)
+    for open_run in opened:
+        open_run.say_end(console)
+    return [Outcome(r.folder, r.done, r.reason or "finished", r.error) for r in opened]
 
 
-def _noting_failure(chunks: Iterator[Chunk], folder: Path) -> Iterator[Chunk]:
-    """Leaves a file behind when training diverges, so that a sweep can tell it from an interruption."""
-    (folder / FAILURE).unlink(missing_ok=True)
-    try:
-        yield from chunks
-    except NonFiniteLoss as error:
-        (folder / FAILURE).write_text(json.dumps({"reason": "non-finite loss", "message": str(error)}))
-        raise
+def _warn_of_drift(console: Console, opened: Sequence[OpenRun]) -> None:
+    """The mean mutation is a server momentum: at 1 and beyond it grows from round to round. Said once for each run."""
+    for run in opened:
+        worst = max(run.history, key=lambda line: line.get("mutation/drift_largest") or 0, default={})
+        drift = worst.get("mutation/drift_largest") or 0
+        if drift >= DRIFT_LIMIT and not run.warned:
+            run.warned = True
+            console.print(
+                f"warning: the mutations' mean coefficient is {drift:.2f} in round {worst['round']}; from {DRIFT_LIMIT} on "
+                "the run may diverge. Lower algorithm.alpha, or set algorithm.max_drift."
+            )
 
 
-def _stop_reason(history: list[dict], settings: Evaluation) -> str | None:
-    target = settings.target_accuracy
-    if settings.stop_at_target and target is not None and records.rounds_to_reach(history, target) is not None:
-        return "target reached"
-    accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
-    if settings.patience is not None and len(accuracies) > settings.patience:
-        best = max(range(len(accuracies)), key=accuracies.__getitem__)
-        if len(accuracies) - 1 - best >= settings.patience:
-            return "no progress"
-    return None
-
-
-def _warn_of_drift(console: Console, lines: list[dict]) -> bool:
-    """The mean mutation is a server momentum: at 1 and beyond it grows from round to round."""
-    worst = max(lines, key=lambda line: line.get("mutation/drift_largest") or 0)
-    drift = worst.get("mutation/drift_largest") or 0
-    if drift >= DRIFT_LIMIT:
-        console.print(
-            f"warning: the mutations' mean coefficient is {drift:.2f} in round {worst['round']}; from {DRIFT_LIMIT} on the "
-            "run may diverge. Lower algorithm.alpha, or set algorithm.max_drift."
-        )
-    return drift >= DRIFT_LIMIT
-
-
-def _last_accuracy(chunk: Chunk) -> float | None:
-    return next((line["test_accuracy"] for line in reversed(chunk.records) if "test_accuracy" in line), None)
+def _best(opened: Sequence[OpenRun]) -> float:
+    """The best of the runs' latest accuracies."""
+    latest = [run.last_accuracy for run in opened]
+    return max((accuracy for accuracy in latest if accuracy is not None), default=float("nan"))
 
 
 @contextlib.contextmanager
@@ -221,7 +208,7 @@ class _RoundsPerSecond(ProgressColumn):
         return Text("–" if not speed else f"{speed:.2f} rounds/s")
 
 
-def _progress(stack: contextlib.ExitStack, console: Console, config: Config, done: int) -> tuple:
+def _progress(stack: contextlib.ExitStack, console: Console, experiments: Sequence[Experiment], done: int) -> tuple:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -231,36 +218,6 @@ def _progress(stack: contextlib.ExitStack, console: Console, config: Config, don
         TextColumn("accuracy {task.fields[accuracy]:.4f}"),
     )
     progress = stack.enter_context(Progress(*columns, console=console))
-    name = f"{config.name} (seed {config.seed})"
+    config = experiments[0].config
+    name = f"{config.name} (seed {config.seed})" if len(experiments) == 1 else f"{len(experiments)} runs together"
     return progress, progress.add_task(name, total=config.rounds, completed=done, accuracy=float("nan"))
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigurationError(
-            f"the run folder {folder} cannot be written ({error.strerror}): choose another one with folder=PATH."
-        ) from None
-
-
-def _say_lanes(console: Console, lanes: int, trials: list[LaneTrial]) -> None:
-    listed = ", ".join(f"{trial.lanes}: {trial.round_seconds:.2f} s at {trial.use:.0%} use" for trial in trials)
-    console.print(f"lanes: {lanes} (predicted round {listed})")
-
-
-def _say_end(console: Console, config: Config, folder: Path, history: list[dict], done: int, reason: str) -> None:
-    accuracies = [(line["test_accuracy"], line["round"]) for line in history if "test_accuracy" in line]
-    if accuracies:
-        best, last = max(accuracies), accuracies[-1]
-        console.print(f"{reason} after round {done}: accuracy {last[0]:.4f}, best {best[0]:.4f} in round {best[1]}")
-    target = config.evaluation.target_accuracy
-    if target is not None:
-        reached = records.rounds_to_reach(history, target)
-        console.print(f"rounds to reach {target:.4f}: {'not reached' if reached is None else reached}")
-    if reason == "interrupted":
-        console.print(f"continue with: fedjax-qp resume {folder}")
-    console.print(f"records, checkpoints and figures: {folder}")

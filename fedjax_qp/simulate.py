@@ -1,6 +1,6 @@
 """The loop over chunks: plan on the host, run on the device, hand back the records. For notebooks and for `run`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from fedjax_qp.engine import Engine
-from fedjax_qp.experiment import Experiment, first_state, host_copy, start_engine
+from fedjax_qp.experiment import Experiment, first_state, host_copy, join_states, start_shared_engine
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_lanes
-from fedjax_qp.plan import Plan, plan_chunk, taken_part
+from fedjax_qp.plan import Plan, of_run, plan_together, taken_part
 from fedjax_qp.records import chunk_records, nonfinite_clients
 
 
@@ -38,11 +38,12 @@ def chunk_bounds(first_round: int, rounds: int, rounds_per_chunk: int) -> list[t
     return [(start, end - start) for start, end in zip(starts[:-1], starts[1:], strict=True)]
 
 
-def chunk_plan(experiment: Experiment, lanes: int, first_round: int, rounds: int) -> Plan:
-    """The plan of one chunk of this experiment."""
-    config = experiment.config
-    return plan_chunk(
-        experiment.work,
+def chunk_plan(experiments: Experiment | Sequence[Experiment], lanes: int, first_round: int, rounds: int) -> Plan:
+    """The plan of one chunk of an experiment, or of several that share a program."""
+    together = [experiments] if isinstance(experiments, Experiment) else experiments
+    config = together[0].config
+    return plan_together(
+        [experiment.work for experiment in together],
         first_round,
         rounds,
         capacity=config.engine.rounds_per_chunk,
@@ -65,44 +66,93 @@ def simulate(experiment: Experiment, state: FederatedState | None = None) -> Ite
     Raises:
       NonFiniteLoss: some client's training loss was not finite; the chunk is not handed back.
     """
-    config = experiment.config
-    lanes = choose_lanes(experiment)[0] if config.engine.lanes == "auto" else config.engine.lanes
-    state = first_state(experiment) if state is None else host_copy(state)
-    engine = start_engine(experiment)
-    bounds = chunk_bounds(int(state.round), config.rounds, config.engine.rounds_per_chunk)
-    plan_of = partial(chunk_plan, experiment, lanes)
+    for (chunk,) in simulate_together([experiment], [state]):
+        if isinstance(chunk, NonFiniteLoss):
+            raise chunk
+        assert chunk is not None
+        yield chunk
+
+
+def simulate_together(
+    experiments: Sequence[Experiment],
+    states: Sequence[FederatedState | None],
+    stopped: Set[int] = frozenset(),
+) -> Iterator[list[Chunk | NonFiniteLoss | None]]:
+    """Runs several experiments in one program; see `together`.
+
+    Args:
+      states: None starts at the beginning; all must have finished equally many rounds.
+      stopped: positions of experiments that go no further. The caller may add to it between chunks, which takes effect
+        with the next chunk but one: the device is a chunk ahead.
+
+    Yields:
+      Per program call and experiment a `Chunk`; None once it is in `stopped`; and the error, once, where its training has
+      left the finite numbers, after which it is stopped too.
+    """
+    config, broken = experiments[0].config, set()
+    lanes = choose_lanes(experiments)[0] if config.engine.lanes == "auto" else config.engine.lanes
+    pairs = zip(experiments, states, strict=True)
+    host = [first_state(experiment) if state is None else host_copy(state) for experiment, state in pairs]
+    runs, engine = len(experiments), start_shared_engine(experiments)
+    bounds = chunk_bounds(int(host[0].round), config.rounds, config.engine.rounds_per_chunk)
     if config.engine.client_store == "host":
-        store: ClientStore = HostStore(state.clients, config.engine.rounds_per_chunk * config.participation.cohort)
+        store: ClientStore = HostStore(host[0].clients, config.engine.rounds_per_chunk * config.participation.cohort)
     else:
         store = ClientStore()
+
+    def plan_of(first_round: int, rounds: int) -> Plan:
+        ended = stopped | broken
+        works = [e._replace(work=e.work._replace(stopped=run in ended)) for run, e in enumerate(experiments)]
+        return chunk_plan(works, lanes, first_round, rounds)
 
     def launch(device_state: FederatedState, plan: Plan) -> tuple[FederatedState, dict]:
         device_state, local_plan = store.load(engine, device_state, plan)
         return engine.run(device_state, engine.place_plan(local_plan))
 
-    def checked(metrics: dict, plan: Plan, first_round: int) -> list[dict]:
-        broken = nonfinite_clients(metrics, plan, first_round)
-        if broken is not None:
-            raise NonFiniteLoss(
-                f"the training loss is not finite in round {broken[0]}, clients {broken[1]}: lower local.learning_rate "
-                f"(now {config.local.learning_rate}), the mutation's length, or set local.clip_norm."
-            )
-        return chunk_records(
-            metrics, plan, first_round, experiment.task.shares, taken_part(experiment.work, 0, first_round)
-        )
+    def chunk_of(run: int, state: FederatedState, metrics: dict, plan: Plan, first_round: int) -> Chunk | NonFiniteLoss:
+        experiment = experiments[run]
+        clients = nonfinite_clients(metrics, plan, first_round)
+        if clients is not None:
+            broken.add(run)
+            return _nonfinite(experiment, *clients)
+        seen = taken_part(experiment.work, 0, first_round)
+        return Chunk(state, chunk_records(metrics, plan, first_round, experiment.task.shares, seen))
 
     if not bounds:
         return
     plan = plan_of(*bounds[0])
-    device_state, metrics = launch(engine.place_state(store.take_out(state)), plan)
+    device_state, metrics = launch(engine.place_state(store.take_out(join_states(host))), plan)
     for (first_round, _), following in zip(bounds, [*bounds[1:], None], strict=True):
         next_plan = plan_of(*following) if following else None  # while the device works
-        records = checked(jax.device_get(metrics), plan, first_round)
-        finished = store.put_back(device_state, plan)
+        found = _separate(jax.device_get(metrics), runs, axis=1)
+        finished = _separate(store.put_back(device_state, plan), runs, axis=0)
+        ended = stopped | broken
+        chunks = [
+            None if run in ended else chunk_of(run, finished[run], found[run], of_run(plan, run, runs), first_round)
+            for run in range(runs)
+        ]
+        if len(broken) == runs:
+            next_plan = None
         if next_plan is not None:  # the device goes on while the caller writes records and checkpoints
             device_state, metrics = launch(device_state, next_plan)
             plan = next_plan
-        yield Chunk(finished, records)
+        yield chunks
+        if len(stopped | broken) == runs:
+            return
+
+
+def _nonfinite(experiment: Experiment, round: int, clients: list[int]) -> NonFiniteLoss:
+    return NonFiniteLoss(
+        f"the training loss is not finite in round {round}, clients {clients}: lower local.learning_rate (now "
+        f"{experiment.config.local.learning_rate}), the mutation's length, or set local.clip_norm."
+    )
+
+
+def _separate(tree: PyTree, runs: int, axis: int) -> list[PyTree]:
+    """The parts of each run; a run alone has no axis of runs."""
+    if runs == 1:
+        return [tree]
+    return [jax.tree.map(partial(np.take, indices=run, axis=axis), tree) for run in range(runs)]
 
 
 class ClientStore:

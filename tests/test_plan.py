@@ -48,7 +48,7 @@ def test_every_cohort_member_sees_each_of_its_examples_once_an_epoch(sizes, lane
 def test_no_round_exceeds_the_bound(sizes, lanes, seed):
     work = workload(sizes, cohort=len(sizes) // 2 + 1, seed=seed)
     plan = chunk(work, lanes)
-    assert plan.lanes.slots.shape == (lanes, 3, steps_bound(work, lanes))
+    assert plan.lanes.slots.shape == (lanes, 3, steps_bound([work], lanes))
     np.testing.assert_array_equal((plan.lanes.slots != IDLE).sum(2), plan.lanes.steps)
 
 

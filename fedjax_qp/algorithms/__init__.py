@@ -2,6 +2,9 @@
 
 A method is a function `(model, optimizer, *, options) -> Algorithm`: `optimizer` is the clients' optax transformation. To
 add one, write a file here that registers such a function: every file of this folder is imported.
+
+Options that are floats may be given as arrays, when runs with different values share a program (`together`): compute with
+them, do not branch on them (`registry.is_zero` tells a plain 0). Options of other types are always plain values.
 """
 
 import importlib

@@ -22,6 +22,7 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Weighting, client_weight, local_training
 from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
 from fedjax_qp.models import lora
+from fedjax_qp.registry import is_zero
 
 Mix = Annotated[float, Field(ge=0, le=1)]
 Expansion = Annotated[int, Field(ge=1)]
@@ -140,7 +141,7 @@ def adapter_averaging(
         def pull(adapters: PyTree) -> PyTree:
             return jax.tree.map(lambda here, there: proximal * (here - there), adapters, shared.adapters)
 
-        return training.step(frozen, carry, batch, key, pull if proximal else None)
+        return training.step(frozen, carry, batch, key, None if is_zero(proximal) else pull)
 
     def finish(shared: AdapterServer, own: tuple, carry: LocalState, memory: AdapterMemory, client: Client) -> tuple:
         adapters = carry.params.trainable

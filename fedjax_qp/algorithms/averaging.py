@@ -16,6 +16,7 @@ from pydantic import Field
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, Weighting, add, local_training, mean_update, report
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
+from fedjax_qp.registry import is_zero
 
 
 class Server(NamedTuple):
@@ -52,7 +53,7 @@ def averaging(
         def pull(trainable: PyTree) -> PyTree:
             return jax.tree.map(lambda here, there: proximal * (here - there), trainable, shared.trainable)
 
-        return training.step(frozen, carry, batch, key, pull if proximal else None)
+        return training.step(frozen, carry, batch, key, None if is_zero(proximal) else pull)
 
     def finish(shared: Params, own: tuple, carry: LocalState, memory: tuple, client: Client) -> tuple:
         upload, metrics = report(carry, shared.trainable, shared, client, weighting)

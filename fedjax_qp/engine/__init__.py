@@ -9,16 +9,22 @@ Several devices split the lanes; everything else is replicated, and the devices 
 group of lanes may have several devices that share the frozen weights (see `layout`).
 """
 
+from fedjax_qp.engine.chunk import Method, Runs
 from fedjax_qp.engine.evaluation import PersonalTests, TestSet, cut_test_set
-from fedjax_qp.engine.layout import AXIS, Engine, Program, make_engine, make_program
+from fedjax_qp.engine.layout import AXIS, Data, Devices, Engine, Program, make_engine, make_program, make_shared_engine
 
 __all__ = [
     "AXIS",
+    "Data",
+    "Devices",
     "Engine",
+    "Method",
     "PersonalTests",
     "Program",
+    "Runs",
     "TestSet",
     "cut_test_set",
     "make_engine",
     "make_program",
+    "make_shared_engine",
 ]

@@ -1,5 +1,10 @@
-"""The parallel work of a cohort: clients in lanes, one after another in each lane, all lanes a step at a time."""
+"""The parallel work of cohorts: clients in lanes, one after another in each lane, all lanes a step at a time.
 
+The cohorts of X runs of M clients stand one after another: slot s is client s mod M of run s div M. `shared` and uploads'
+sums have the runs as their leading axis, what belongs to a client ("of all") has [X·M].
+"""
+
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -16,129 +21,177 @@ class LoopState(NamedTuple):
     """What the step loop carries."""
 
     carry: PyTree  # [L, ...] the clients in training
-    collected: PyTree  # sum of uploads, or uploads [M, ...]
-    memories: PyTree  # [M, ...]; zero where the client has not reported on this device
-    reported: Bool[Array, "M"]
-    metrics: dict[str, Array]  # [M]
+    collected: PyTree  # sums of uploads [X, ...], or uploads [X·M, ...]
+    memories: PyTree  # [X·M, ...]; zero where the client has not reported on this device
+    reported: Bool[Array, "XM"]
+    metrics: dict[str, Array]  # [X·M]
+
+
+class Slots(NamedTuple):
+    """What is known about the client in a slot."""
+
+    method: Callable
+    settings: PyTree
+    cohort: Cohort  # of all
+    shared: PyTree
+    own: PyTree  # of all
+    memories: PyTree  # of all
+    keys: Key[Array, "X"]
+
+    def run(self, slot: Int[Array, ""] | int) -> Int[Array, ""] | int:
+        """Which run a slot belongs to; a constant where there is one run, so that nothing is gathered for it."""
+        runs = len(self.keys)
+        return 0 if runs == 1 else slot // (len(self.cohort.clients) // runs)
+
+    def algorithm(self, slot: Int[Array, ""] | int) -> Algorithm:
+        return self.method(of(self.settings, self.run(slot)))
+
+    def facts(self, slot: Int[Array, ""] | int) -> tuple[PyTree, PyTree, PyTree]:
+        """(shared, own, memory)"""
+        return of(self.shared, self.run(slot)), of(self.own, slot), of(self.memories, slot)
+
+    def key(self, slot: Int[Array, ""] | int, local_step: Int[Array, ""] | int) -> Key[Array, ""]:
+        return client_key(self.keys[self.run(slot)], self.cohort.clients[slot], local_step)
 
 
 def run_clients(
-    algorithm: Algorithm,
+    method: Callable,
     frozen: PyTree,
     examples: PyTree,
     lanes: Lanes,
     cohort: Cohort,
+    settings: PyTree,
     axis: str | None,
     shared: PyTree,
     own: PyTree,
     memories: PyTree,
-    key: Key[Array, ""],
+    keys: Key[Array, "X"],
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
-    """Trains one cohort.
+    """Trains the cohorts of one round.
 
     Args:
+      method: `(settings of one run) -> Algorithm`.
       examples: training set, arrays [N, ...].
       lanes: this round's work of this device's lanes: arrays [L, S], examples [L, S, B], steps [L].
+      cohort: arrays [X·M].
       axis: name of the device axis, or None on one device.
-      shared, own, memories: from `dispatch` and the client store; `own` and memories have leading axis M.
+      shared, own, memories: from `dispatch` and the client store: [X, ...], [X, M, ...] and [X, M, ...].
 
     Returns:
-      The sum of the uploads (or all of them, [M, ...], for `combine_each`), the new memories [M, ...], metrics [M].
+      The sums of the uploads [X, ...] (or all of them, [X, M, ...], for `combine_each`), the new memories [X, M, ...],
+      metrics [X, M].
     """
-    members = len(cohort.clients)
-    stacked = algorithm.combine_each is not None
+    slots = Slots(method, settings, cohort, shared, _flat(own), _flat(memories), keys)
+    runs, everyone = len(keys), len(cohort.clients)
+    stacked = slots.algorithm(0).combine_each is not None
 
     def start(slot: Int[Array, ""]) -> PyTree:
-        return algorithm.start(shared, of(own, slot), of(memories, slot), client_key(key, cohort.clients[slot], 0))
+        return slots.algorithm(slot).start(*slots.facts(slot), slots.key(slot, 0))
 
     def step(carry: PyTree, slot: Array, local_step: Array, indices: Int[Array, "B"]) -> PyTree:
         batch = Batch(gather(examples, indices), indices != IDLE)
-        return algorithm.step(frozen, shared, carry, batch, client_key(key, cohort.clients[slot], local_step + 1))
+        return slots.algorithm(slot).step(frozen, slots.facts(slot)[0], carry, batch, slots.key(slot, local_step + 1))
 
     def finish(slot: Int[Array, ""], carry: PyTree) -> tuple[PyTree, PyTree, dict]:
-        client = Client(*of(cohort, slot))
-        return algorithm.finish(shared, of(own, slot), carry, of(memories, slot), client)
+        shared, own, memory = slots.facts(slot)
+        return slots.algorithm(slot).finish(shared, own, carry, memory, Client(*of(cohort, slot)))
 
-    def load(begins: Bool[Array, "L"], slots: Int[Array, "L"], carry: PyTree) -> PyTree:
-        return select(begins, jax.vmap(start)(slots), carry)
+    def load(begins: Bool[Array, "L"], lane_slots: Int[Array, "L"], carry: PyTree) -> PyTree:
+        return select(begins, jax.vmap(start)(lane_slots), carry)
 
-    def report(ends: Bool[Array, "L"], slots: Int[Array, "L"], state: LoopState) -> LoopState:
-        uploads, new_memories, metrics = jax.vmap(finish)(slots, state.carry)
-        target = jnp.where(ends, slots, members)  # out of range = dropped
-
+    def collect(
+        collected: PyTree, ends: Bool[Array, "L"], lane_slots: Int[Array, "L"], target: Int[Array, "L"], uploads: PyTree
+    ) -> PyTree:
         if stacked:
-            collected = put(state.collected, target, uploads)
-        else:
-            ended = select(ends, uploads, jax.tree.map(jnp.zeros_like, uploads))
-            collected = jax.tree.map(lambda total, new: total + new.sum(0), state.collected, ended)
+            return put(collected, target, uploads)
+        ended = select(ends, uploads, jax.tree.map(jnp.zeros_like, uploads))
+        if runs == 1:
+            return jax.tree.map(lambda total, new: total + new.sum(0), collected, ended)
+        return jax.tree.map(lambda total, new: total.at[slots.run(lane_slots)].add(new), collected, ended)
+
+    def report(ends: Bool[Array, "L"], lane_slots: Int[Array, "L"], state: LoopState) -> LoopState:
+        uploads, new_memories, metrics = jax.vmap(finish)(lane_slots, state.carry)
+        target = jnp.where(ends, lane_slots, everyone)  # out of range = dropped
         return LoopState(
             state.carry,
-            collected,
+            collect(state.collected, ends, lane_slots, target, uploads),
             put(state.memories, target, new_memories),
             state.reported.at[target].set(True, mode="drop"),
             put(state.metrics, target, metrics),
         )
 
     def body(index: Int[Array, ""], state: LoopState) -> LoopState:
-        slots, local_steps, indices = (jnp.asarray(leaf)[:, index] for leaf in lanes[:3])
-        active, slots = slots != IDLE, jnp.maximum(slots, 0)
+        lane_slots, local_steps, indices = (jnp.asarray(leaf)[:, index] for leaf in lanes[:3])
+        active, lane_slots = lane_slots != IDLE, jnp.maximum(lane_slots, 0)
         begins = active & (local_steps == 0)
-        carry = jax.lax.cond(begins.any(), partial(load, begins, slots), lambda carry: carry, state.carry)
-        carry = jax.vmap(step)(carry, slots, local_steps, indices)
+        carry = jax.lax.cond(begins.any(), partial(load, begins, lane_slots), lambda carry: carry, state.carry)
+        carry = jax.vmap(step)(carry, lane_slots, local_steps, indices)
         state = state._replace(carry=carry)
-        ends = active & (local_steps == cohort.steps[slots] - 1)
-        return jax.lax.cond(ends.any(), partial(report, ends, slots), lambda state: state, state)
+        ends = active & (local_steps == cohort.steps[lane_slots] - 1)
+        return jax.lax.cond(ends.any(), partial(report, ends, lane_slots), lambda state: state, state)
 
     one_carry = jax.eval_shape(start, 0)
     one_upload, _, one_metrics = jax.eval_shape(finish, 0, one_carry)
     empty = LoopState(
         zeros(one_carry, len(lanes.slots)),
-        zeros(one_upload, members) if stacked else zeros(one_upload),
-        jax.tree.map(jnp.zeros_like, memories),
-        jnp.zeros(members, bool),
-        zeros(one_metrics, members),
+        zeros(one_upload, everyone if stacked else runs),
+        jax.tree.map(jnp.zeros_like, slots.memories),
+        jnp.zeros(everyone, bool),
+        zeros(one_metrics, everyone),
     )
     final = jax.lax.fori_loop(0, lanes.steps.max(), body, empty)
     collected, new, reported, metrics = across(axis, (final.collected, final.memories, final.reported, final.metrics))
-    memories = select(reported, new, memories)
-    return collected, memories, metrics
+    by_run = partial(_by_run, runs)
+    return by_run(collected) if stacked else collected, by_run(select(reported, new, slots.memories)), by_run(metrics)
 
 
 def prepare_clients(
-    algorithm: Algorithm,
+    method: Callable,
     frozen: PyTree,
     examples: PyTree,
     work: Preparations,
     cohort: Cohort,
+    settings: PyTree,
     axis: str | None,
     shared: PyTree,
     own: PyTree,
     memories: PyTree,
-    key: Key[Array, ""],
+    keys: Key[Array, "X"],
 ) -> PyTree:
-    """Runs `prepare` for the members of a cohort who are due: in turns of one client a lane, none where nobody is due.
+    """Runs `prepare` for the members of the cohorts who are due: in turns of one client a lane, none where nobody is due.
 
     Args:
       work: this round's preparations on this device: slots [L, U], examples [L, U, P, B], turns [L].
 
     Returns:
-      The memories [M, ...], new for those who prepared.
+      The memories [X, M, ...], new for those who prepared.
     """
-    members = len(cohort.clients)
+    slots = Slots(method, settings, cohort, shared, _flat(own), _flat(memories), keys)
+    everyone = len(cohort.clients)
 
     def prepare(slot: Int[Array, ""], indices: Int[Array, "P B"]) -> PyTree:
         batches = Batch(gather(examples, indices), indices != IDLE)
-        one_key = client_key(key, cohort.clients[slot], PREPARATION)
-        assert algorithm.prepare is not None
-        return algorithm.prepare(frozen, shared, of(own, slot), of(memories, slot), batches, one_key)
+        function = slots.algorithm(slot).prepare
+        assert function is not None
+        return function(frozen, *slots.facts(slot), batches, slots.key(slot, PREPARATION))
 
     def turn(index: Int[Array, ""], state: tuple) -> tuple:
         new, prepared = state
-        slots = jnp.asarray(work.slots)[:, index]
-        rows = jax.vmap(prepare)(jnp.maximum(slots, 0), jnp.asarray(work.examples)[:, index])
-        target = jnp.where(slots == IDLE, members, slots)
+        lane_slots = jnp.asarray(work.slots)[:, index]
+        rows = jax.vmap(prepare)(jnp.maximum(lane_slots, 0), jnp.asarray(work.examples)[:, index])
+        target = jnp.where(lane_slots == IDLE, everyone, lane_slots)
         return put(new, target, rows), prepared.at[target].set(True, mode="drop")
 
-    nobody = (jax.tree.map(jnp.zeros_like, memories), jnp.zeros(members, bool))
+    nobody = (jax.tree.map(jnp.zeros_like, slots.memories), jnp.zeros(everyone, bool))
     new, prepared = across(axis, jax.lax.fori_loop(0, work.turns.max(), turn, nobody))
-    return select(prepared, new, memories)
+    return _by_run(len(keys), select(prepared, new, slots.memories))
+
+
+def _flat(tree: PyTree) -> PyTree:
+    """[X, M, ...] → [X·M, ...]"""
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), tree)
+
+
+def _by_run(runs: int, tree: PyTree) -> PyTree:
+    """[X·M, ...] → [X, M, ...]"""
+    return jax.tree.map(lambda leaf: leaf.reshape(runs, len(leaf) // runs, *leaf.shape[1:]), tree)

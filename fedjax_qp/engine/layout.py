@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from fedjax_qp.engine.chunk import run_chunk
+from fedjax_qp.engine.chunk import Method, Runs, run_chunk, run_chunks
 from fedjax_qp.engine.evaluation import PersonalTests, TestSet
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.plan import Plan
@@ -33,10 +33,28 @@ class Engine(NamedTuple):
 class Program(NamedTuple):
     """The program of a chunk, not yet compiled, and where it wants its arguments."""
 
-    call: Callable[..., tuple[FederatedState, dict[str, Array]]]  # (state, frozen, train, test, personal, plan, key)
+    call: Callable[..., tuple[FederatedState, dict[str, Array]]]  # the arguments of `chunk.run_chunk` from `state` on
     everywhere: NamedSharding
     by_lane: NamedSharding
     frozen: PyTree  # shardings, a prefix of the frozen tree
+
+
+class Data(NamedTuple):
+    """What stays the same over all rounds; see `make_engine`."""
+
+    frozen: PyTree
+    train: PyTree
+    test: TestSet
+    personal: PersonalTests | None = None
+
+
+class Devices(NamedTuple):
+    """How the work is laid out; see `make_engine`."""
+
+    parallel: str = "vmap"
+    devices: int = 1
+    model_devices: int = 1
+    frozen_axes: PyTree = None
 
 
 def make_program(
@@ -49,12 +67,17 @@ def make_program(
     frozen_axes: PyTree = None,
 ) -> Program:
     """Lays the program of a chunk out on devices; the arguments are those of `make_engine`."""
+    return _program(partial(run_chunk, algorithm, model), Devices(parallel, devices, model_devices, frozen_axes))
+
+
+def _program(chunk: Callable, layout: Devices) -> Program:
+    parallel, devices, model_devices, frozen_axes = layout
     sizes = (devices, model_devices) if model_devices > 1 else (devices,)
     names = (AXIS, MODEL_AXIS)[: len(sizes)]
     grid = np.array(jax.devices()[: devices * model_devices]).reshape(sizes)
     mesh = Mesh(grid, names, axis_types=(AxisType.Auto,) * len(sizes))
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
-    chunk = partial(run_chunk, algorithm, model, None if parallel == "vmap" else AXIS)
+    chunk = partial(chunk, None if parallel == "vmap" else AXIS)
     whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
     if parallel == "pmap":
         if model_devices > 1:
@@ -116,23 +139,46 @@ def make_engine(
     program = make_program(
         algorithm, model, parallel=parallel, devices=devices, model_devices=model_devices, frozen_axes=frozen_axes
     )
-    everywhere, pmapped = program.everywhere, parallel == "pmap"
+    data = Data(frozen, train, test, personal)
+    return _engine(program, data, jax.random.key(seed), pmapped=devices if parallel == "pmap" else None)
+
+
+def make_shared_engine(method: Method, model: Model, data: Data, layout: Devices, runs: Runs) -> Engine:
+    """One engine for several runs of a method: states have a leading axis [X], plans are those of `plan_together`.
+
+    Args:
+      method: `(settings of one run) -> Algorithm`; its functions must trace with settings that are arrays.
+      data: the same for all runs.
+      runs: the settings that differ, and every run's key, `jax.random.key(seed)`.
+    """
+    program = _program(partial(run_chunks, method, model), layout)
+    return _engine(program, data, runs, pmapped=layout.devices if layout.parallel == "pmap" else None)
+
+
+def _engine(program: Program, data: Data, last: PyTree, pmapped: int | None) -> Engine:
+    """Args: last: the program's last argument; pmapped: devices, where the program wants lanes with an axis for them."""
+    everywhere = program.everywhere
 
     def place_plan(plan: Plan) -> Plan:
         by_lane = (plan.lanes, plan.preparations)
-        if pmapped:
-            by_lane = jax.tree.map(lambda leaf: leaf.reshape(devices, len(leaf) // devices, *leaf.shape[1:]), by_lane)
+        if pmapped is not None:
+            by_lane = jax.tree.map(partial(_with_devices, pmapped), by_lane)
         lanes, preparations = jax.device_put(by_lane, program.by_lane)
         common = jax.device_put(plan._replace(lanes=(), preparations=()), everywhere)
         return common._replace(lanes=lanes, preparations=preparations)
 
-    fixed = (jax.device_put(frozen, program.frozen), *jax.device_put((train, test, personal), everywhere))
-    key = jax.device_put(jax.random.key(seed), everywhere)
+    fixed = (jax.device_put(data.frozen, program.frozen), *jax.device_put(data[1:], everywhere))
+    last = jax.device_put(last, everywhere)
 
     def run(state: FederatedState, plan: Plan) -> tuple[FederatedState, dict[str, Array]]:
-        return program.call(state, *fixed, plan, key)
+        return program.call(state, *fixed, plan, last)
 
     return Engine(partial(jax.device_put, device=everywhere), place_plan, run)
+
+
+def _with_devices(devices: int, leaf: np.ndarray) -> np.ndarray:
+    """[L, ...] → [devices, L / devices, ...]"""
+    return leaf.reshape(devices, len(leaf) // devices, *leaf.shape[1:])
 
 
 def _for_lanes(lanes: Any, rest: Any) -> Any:

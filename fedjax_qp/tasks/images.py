@@ -25,4 +25,5 @@ def image_task(config: Config, dataset: Dataset, parts: list[np.ndarray]) -> Tas
         counts=counts,
         class_names=dataset.class_names,
         shares=counts / counts.sum(1, keepdims=True),
+        dataset=dataset,
     )

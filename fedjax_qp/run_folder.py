@@ -1,0 +1,143 @@
+"""The folder of one run while it is written: configuration, records, checkpoints, and when to stop."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+
+from fedjax_qp import config as configuration
+from fedjax_qp import records
+from fedjax_qp.checkpoint import Checkpoints
+from fedjax_qp.config import Config, Evaluation
+from fedjax_qp.data import plot_partition
+from fedjax_qp.experiment import Experiment, environment
+from fedjax_qp.plots import plot_run
+from fedjax_qp.records import Recorder
+from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.simulate import Chunk, NonFiniteLoss
+
+FAILURE = "failure.json"  # in the folder of a run that diverged
+ENDED = "ended.json"  # of one that goes no further: why, and after which round
+
+
+def make_folder(folder: Path) -> None:
+    """Creates a run's folder.
+
+    Raises:
+      ConfigurationError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigurationError(
+            f"the run folder {folder} cannot be written ({error.strerror}): choose another one with folder=PATH."
+        ) from None
+
+
+def begin_folder(experiment: Experiment) -> None:
+    """Writes what is known before the first round."""
+    folder, task = experiment.config.run_folder, experiment.task
+    plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2))
+    configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run
+
+
+class OpenRun:
+    """A run under way. A context manager: leaving it waits for the last checkpoint and draws the run's figure."""
+
+    def __init__(self, config: Config, folder: Path, done: int):
+        """Args: done: rounds that the state to go on from has finished."""
+        self.config, self.folder, self.done = config, folder, done
+        for mark in (FAILURE, ENDED):
+            (self.folder / mark).unlink(missing_ok=True)
+        self._recorder = Recorder(self.folder, resume_round=done or None)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.config.checkpoints.keep)
+        self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
+        self.reason = stop_reason(self.history, self.config.evaluation)  # an early-stopped run stays stopped
+        self.error: NonFiniteLoss | None = None
+        self.warned = False
+
+    def take(
+        self,
+        chunk: Chunk | NonFiniteLoss,
+        number: int,
+        stop: Callable[[list[dict]], str | None],
+        asked: str | None,
+    ) -> bool:
+        """Writes a chunk's records, and a checkpoint where one is due or the run ends.
+
+        Args:
+          number: of the chunk, from 1.
+          stop: gives a reason to end the run early, or None.
+          asked: the same from outside.
+
+        Returns:
+          Whether the run ends here.
+        """
+        if isinstance(chunk, NonFiniteLoss):
+            # Left behind so that a sweep can tell it from an interruption.
+            (self.folder / FAILURE).write_text(json.dumps({"reason": "non-finite loss", "message": str(chunk)}))
+            self.reason, self.error = "diverged", chunk
+            return True
+        self._recorder.write(chunk.records)
+        self.history += chunk.records
+        self.done = int(chunk.state.round)
+        finished = self.done == self.config.rounds
+        self.reason = stop_reason(self.history, self.config.evaluation) or asked or stop(self.history)
+        if finished and self.reason in (None, asked):
+            self.reason = "finished"
+        if self.reason or number % self.config.checkpoints.every_chunks == 0:
+            self._checkpoints.save(chunk.state, accuracy=chunk.records[-1].get("test_accuracy"))
+        return self.reason is not None
+
+    @property
+    def last_accuracy(self) -> float | None:
+        return next((line["test_accuracy"] for line in reversed(self.history) if "test_accuracy" in line), None)
+
+    def say_end(self, console: Console) -> None:
+        """Prints how it went and what to do next."""
+        accuracies = [(line["test_accuracy"], line["round"]) for line in self.history if "test_accuracy" in line]
+        if accuracies:
+            best, last = max(accuracies), accuracies[-1]
+            console.print(
+                f"{self.reason or 'finished'} after round {self.done}: accuracy {last[0]:.4f}, best {best[0]:.4f} in round "
+                f"{best[1]}"
+            )
+        target = self.config.evaluation.target_accuracy
+        if target is not None:
+            reached = records.rounds_to_reach(self.history, target)
+            console.print(f"rounds to reach {target:.4f}: {'not reached' if reached is None else reached}")
+        if self.reason == "interrupted":
+            console.print(f"continue with: fedjax-qp resume {self.folder}")
+        console.print(f"records, checkpoints and figures: {self.folder}")
+
+    def __enter__(self) -> "OpenRun":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._checkpoints.close()
+        self._recorder.close()
+        if self.reason not in (None, "interrupted"):
+            (self.folder / ENDED).write_text(json.dumps({"reason": self.reason, "round": self.done}))
+        if error is None and self.history:
+            plot_run(self.history, self.folder / "run.png")
+
+
+def stop_reason(history: list[dict], settings: Evaluation) -> str | None:
+    """Why a run with these records goes no further, by its own settings; None while it does."""
+    target = settings.target_accuracy
+    if settings.stop_at_target and target is not None and records.rounds_to_reach(history, target) is not None:
+        return "target reached"
+    accuracies = [line["test_accuracy"] for line in history if "test_accuracy" in line]
+    if settings.patience is not None and len(accuracies) > settings.patience:
+        best = max(range(len(accuracies)), key=accuracies.__getitem__)
+        if len(accuracies) - 1 - best >= settings.patience:
+            return "no progress"
+    return None

@@ -1,0 +1,202 @@
+"""Several runs in one program: what a sweep's many small runs need to fill a device, and to be compiled once.
+
+Runs can share a program where their arrays have the same shapes and their arithmetic is the same but for some numbers. Such
+are seeds, learning rates, the methods' float options (α, τ, μ, …), epochs, dropouts, a partition's concentration. A lane
+then trains a client of any of the runs, and uploads are summed by run (`engine`). Each run keeps a folder of its own with its
+own records and checkpoints, so it may be continued alone, and a run alone may be continued together with others.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from fedjax_qp import config as configuration
+from fedjax_qp.checkpoint import Checkpoints
+from fedjax_qp.config import Config
+from fedjax_qp.experiment import (
+    Experiment,
+    build,
+    differing_settings,
+    first_state,
+    of_language_model,
+    resolve,
+    traced_settings,
+    with_lanes,
+)
+from fedjax_qp.federated import FederatedState
+from fedjax_qp.lanes import choose_lanes, describe
+from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.run import Outcome, continue_runs
+from fedjax_qp.run_folder import ENDED, begin_folder, make_folder
+
+Stop = Callable[[int, list[dict]], str | None]
+SHARED = "together.json"  # in the folder of a run that shares its program: how
+
+# Settings that reach only the plan, the records or the files of a run.
+_FREE = (
+    *("name", "folder", "local.epochs", "local.maximum_steps"),
+    *("participation.dropout", "participation.stragglers", "participation.straggler_work"),
+    *("evaluation.target_accuracy", "evaluation.stop_at_target", "evaluation.patience"),
+    *("checkpoints.every_chunks", "checkpoints.keep"),
+)
+
+
+def groups(configs: Sequence[Config]) -> list[list[int]]:
+    """Positions of the configurations that can share a program, in order; reads no data.
+
+    Raises:
+      ConfigurationError: an option is unknown or ill-typed.
+    """
+    found: dict[str, list[int]] = {}
+    for index, config in enumerate(configs):
+        resolved = resolve(config)
+        alone = resolved.engine.client_store == "host"  # ships the rows of one run
+        key = json.dumps([_fixed_settings(resolved), index if alone else None], sort_keys=True)
+        found.setdefault(key, []).append(index)
+    return list(found.values())
+
+
+def _fixed_settings(config: Config) -> dict:
+    """What must be the same in runs that share a program. Language tasks cut other sequences from another seed's split."""
+    flat = _flatten(configuration.to_dict(config))
+    free = {*_FREE, *traced_settings(config)}
+    if not of_language_model(config):
+        floats = {name for name, value in flat.items() if name.startswith("partition.") and isinstance(value, float)}
+        free |= {"seed", *floats}
+    return {name: "free" if name in free else value for name, value in flat.items()}
+
+
+def _flatten(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def run_together(
+    configs: Sequence[Config], console: Console | None = None, *, stop: Stop = lambda run, history: None
+) -> list[Outcome]:
+    """Runs each configuration in its folder: starts it, continues it from its checkpoint, or keeps it if it has ended.
+
+    Those that can share a program do; where a method turns out not to trace with its options as arrays, they run one after
+    another.
+
+    Args:
+      stop: `(position, records so far) -> reason` to end a run early, or None; asked at the ends of chunks.
+
+    Returns:
+      How each run ended. A run that diverged is among them (reason "diverged") and does not disturb the others. After an
+      interruption the runs that never began have the reason "interrupted" too.
+
+    Raises:
+      ConfigurationError: a configuration cannot work, two runs have the same folder, or a folder holds another run.
+    """
+    console, configs = console or Console(), [resolve(config) for config in configs]
+    _check_folders(configs)
+    outcomes = {index: ended for index, config in enumerate(configs) if (ended := _ended(config)) is not None}
+    for group in groups(configs):
+        waiting = [index for index in group if index not in outcomes]
+        if any(outcome.reason == "interrupted" for outcome in outcomes.values()):
+            outcomes |= {index: Outcome(configs[index].run_folder, 0, "interrupted") for index in waiting}
+        elif waiting:
+            found = _run_group([configs[index] for index in waiting], console, _chosen(stop, waiting))
+            outcomes |= dict(zip(waiting, found, strict=True))
+    return [outcomes[index] for index in range(len(configs))]
+
+
+def _chosen(stop: Stop, positions: Sequence[int]) -> Stop:
+    return lambda run, history: stop(positions[run], history)
+
+
+def _run_group(configs: Sequence[Config], console: Console, stop: Stop) -> list[Outcome]:
+    """Runs that can share a program do, if they have finished equally many rounds."""
+    experiments: list[Experiment] = []
+    for config in configs:
+        experiments.append(build(config, experiments[0] if experiments else None))
+    states = [_begin(experiment) for experiment in experiments]
+    outcomes: dict[int, Outcome] = {}
+    for done in sorted({int(state.round) for state in states}):
+        level = [run for run, state in enumerate(states) if int(state.round) == done]
+        outcomes |= dict(zip(level, _run_level(experiments, states, level, console, stop), strict=True))
+    return [outcomes[run] for run in range(len(configs))]
+
+
+def _run_level(
+    experiments: Sequence[Experiment],
+    states: Sequence[FederatedState],
+    level: list[int],
+    console: Console,
+    stop: Stop,
+) -> list[Outcome]:
+    together = [experiments[run] for run in level]
+    try:
+        return continue_runs(
+            _with_shared_lanes(together, console),
+            [experiment.config.run_folder for experiment in together],
+            [states[run] for run in level],
+            console,
+            _chosen(stop, level),
+        )
+    except jax.errors.ConcretizationTypeError as error:
+        if len(level) == 1:
+            raise
+        names = ", ".join(differing_settings([experiment.config for experiment in together]))
+        console.print(f"one program cannot hold different {names} of this method ({error.args[0].splitlines()[0]})")
+    return [outcome for run in level for outcome in _run_level(experiments, states, [run], console, stop)]
+
+
+def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> list[Experiment]:
+    """Measures the lanes once for all, and remembers them: continued runs then do the same sums in the same order."""
+    if experiments[0].config.engine.lanes != "auto":
+        return list(experiments)
+    folders = [experiment.config.run_folder for experiment in experiments]
+    remembered = [json.loads((folder / SHARED).read_text()) for folder in folders if (folder / SHARED).exists()]
+    wanted = {"runs": len(experiments), "lanes": remembered[0]["lanes"] if remembered else None}
+    if len(remembered) < len(folders) or any(found != wanted for found in remembered):
+        wanted["lanes"], trials = choose_lanes(experiments)
+        console.print(f"{len(experiments)} runs in one program; {describe(wanted['lanes'], trials)}")
+        for folder in folders:
+            (folder / SHARED).write_text(json.dumps(wanted))
+    return [with_lanes(experiment, wanted["lanes"]) for experiment in experiments]
+
+
+def _begin(experiment: Experiment) -> FederatedState:
+    """The state to go on from; makes the folder of a run that is new."""
+    folder, state = experiment.config.run_folder, first_state(experiment)
+    if not (folder / "config.yaml").exists():
+        make_folder(folder)
+        begin_folder(experiment)
+        return state
+    with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
+        return checkpoints.restore(state) or state
+
+
+def _ended(config: Config) -> Outcome | None:
+    """How a run ended, if it has."""
+    mark = config.run_folder / ENDED
+    if not mark.exists():
+        return None
+    found = json.loads(mark.read_text())
+    if found["reason"] == "finished" and found["round"] < config.rounds:
+        return None
+    return Outcome(config.run_folder, found["round"], found["reason"])
+
+
+def _check_folders(configs: Sequence[Config]) -> None:
+    folders: dict[Path, int] = {}
+    for index, config in enumerate(configs):
+        folder = config.run_folder
+        if folder in folders:
+            raise ConfigurationError(f"two runs have the folder {folder}: give each its own name or seed.")
+        folders[folder] = index
+        if (folder / "config.yaml").exists():
+            there = configuration.to_dict(resolve(configuration.load(folder / "config.yaml")))
+            changed = configuration.differences(there, configuration.to_dict(config))
+            changed = [change for change in changed if not change.startswith(("engine.lanes:", "rounds:"))]
+            if changed:
+                raise ConfigurationError(
+                    f"{folder} holds a run with other settings ({'; '.join(changed)}): choose another name or folder."
+                )

@@ -1,0 +1,236 @@
+"""Several runs in one program are the runs they would be alone."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+from small import CASES, ROUNDS, federation_of, small_state, small_work, worst_difference
+from test_config import write
+from test_contract import assert_agree, reference
+
+from fedjax_qp import config, records
+from fedjax_qp.algorithms import algorithms
+from fedjax_qp.config import Config
+from fedjax_qp.engine import Data, Devices, Runs, make_shared_engine
+from fedjax_qp.engine.chunk import run_chunks
+from fedjax_qp.experiment import join_states
+from fedjax_qp.plan import plan_together
+from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.run import resume, run
+from fedjax_qp.together import groups, run_together
+
+QUIET = Console(quiet=True)
+
+
+def method_of(case: str):
+    name, options, _ = CASES[case]
+    resolved, federation = algorithms.resolve(name, dict(options)), federation_of(case)
+    floats = {key: value for key, value in resolved.items() if isinstance(value, float)}
+
+    def method(settings):
+        return algorithms[name](federation.model, federation.optimizer, **{**resolved, **settings})
+
+    return method, floats
+
+
+def joint_plan(case: str, method, runs: int, lanes: int):
+    work = small_work(federation_of(case), method({}))
+    return plan_together([work] * runs, 0, ROUNDS, capacity=ROUNDS, lanes=lanes, evaluate_every=1, last_round=100)
+
+
+def begin(case: str, method, runs: int):
+    return join_states([small_state(method({}), federation=federation_of(case))] * runs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_float_option_may_be_an_array(case):
+    """So that `together.groups` may take it for granted of any registered method."""
+    method, floats = method_of(case)
+    federation = federation_of(case)
+    runs = Runs(
+        {name: np.full(2, value, np.float32) for name, value in floats.items()}, jax.random.split(jax.random.key(0))
+    )
+    data = (federation.frozen, federation.train, federation.test, federation.personal)
+    state, metrics = jax.eval_shape(
+        partial(run_chunks, method, federation.model, None),
+        begin(case, method, 2),
+        *data,
+        joint_plan(case, method, 2, lanes=2),
+        runs,
+    )
+    assert state.round.shape == (2,)
+    assert metrics["client/loss"].shape == (ROUNDS, 2, 5)
+
+
+@pytest.mark.parametrize(
+    ("case", "parallel", "devices"),
+    [
+        ("fedprox", "vmap", 1),
+        ("fedqp-history", "vmap", 1),
+        ("fedqp-history", "shard_map", 8),
+        ("fedqp-clients", "vmap", 1),  # sees every upload
+        ("ditto", "vmap", 1),  # has client memory
+        ("perfit", "vmap", 1),  # prepares its clients
+    ],
+)
+def test_a_run_among_others_is_the_run_alone(case, parallel, devices):
+    """With other options and seeds beside it, in the first place or in the last."""
+    method, floats = method_of(case)
+    federation = federation_of(case)
+    plan = joint_plan(case, method, 3, lanes=8)
+    data = Data(federation.frozen, federation.train, federation.test, federation.personal)
+    for place in (0, 2):
+        seeds, factors = np.full(3, 7), np.full(3, 0.5, np.float32)
+        seeds[place], factors[place] = 0, 1
+        settings = {name: np.float32(value) * factors for name, value in floats.items()}
+        runs = Runs(settings, jnp.stack([jax.random.key(int(seed)) for seed in seeds]))
+        engine = make_shared_engine(method, federation.model, data, Devices(parallel, devices), runs)
+        state, metrics = engine.run(engine.place_state(begin(case, method, 3)), engine.place_plan(plan))
+        mine, other = (jax.tree.map(lambda leaf, run=run: leaf[run], state) for run in (place, 1))
+        expected_state, expected_metrics = reference(case)
+        assert_agree(case, expected_state, mine)
+        np.testing.assert_allclose(metrics["test/loss"][:, place], expected_metrics["test/loss"], rtol=1e-4)
+        assert worst_difference(other, mine) > 1e-4
+
+
+def test_two_programs_with_other_numbers_are_one(compilations):
+    """The options are arguments, not constants."""
+    method, floats = method_of("fedmut")
+    federation = federation_of("fedmut")
+    data = Data((), federation.train, federation.test)
+    plan = joint_plan("fedmut", method, 2, lanes=2)
+    runs = Runs(
+        {name: np.array([value, 0], np.float32) for name, value in floats.items()}, jax.random.split(jax.random.key(0))
+    )
+    engine = make_shared_engine(method, federation.model, data, Devices(), runs)
+    state, _ = engine.run(engine.place_state(begin("fedmut", method, 2)), engine.place_plan(plan))
+    before = compilations()
+    jax.block_until_ready(engine.run(state, engine.place_plan(plan)))
+    assert compilations() == before
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def some_runs(folder: Path, name: str, **changes) -> list[Config]:
+    """Two learning rates and two seeds; cohorts of 4, rounds in chunks of 2."""
+    file = write(folder, **changes)
+    return [
+        config.load(file, [f"seed={seed}", f"local.learning_rate={rate}", f"name={name}-{rate}", "engine.lanes=2"])
+        for rate in (0.05, 0.1)
+        for seed in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> list[Config]:
+    """Four finished runs."""
+    configs = some_runs(tmp_path_factory.mktemp("four"), "four")
+    outcomes = run_together(configs, QUIET)
+    assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(4, "finished")] * 4
+    return configs
+
+
+def losses(folder: Path) -> list[float]:
+    return [line[name] for line in records.read(folder) for name in ("train_loss", "test_loss")]
+
+
+def test_runs_together_leave_the_records_of_runs_alone(four, tmp_path):
+    assert groups(four) == [[0, 1, 2, 3]]
+    for one in (four[0], four[3]):
+        alone = run(dataclasses.replace(one, folder=str(tmp_path)), QUIET)
+        np.testing.assert_allclose(losses(one.run_folder), losses(alone.folder), rtol=1e-4)
+    assert len({tuple(losses(one.run_folder)) for one in four}) == 4
+
+
+def test_finished_runs_are_kept(four):
+    before = {one.run_folder: (one.run_folder / "records.jsonl").stat().st_mtime_ns for one in four}
+    outcomes = run_together(four, QUIET)
+    assert {outcome.reason for outcome in outcomes} == {"finished"}
+    assert before == {one.run_folder: (one.run_folder / "records.jsonl").stat().st_mtime_ns for one in four}
+
+
+def test_another_configuration_does_not_take_over_a_folder(four):
+    changed = dataclasses.replace(four[0], evaluation=dataclasses.replace(four[0].evaluation, every=2))
+    with pytest.raises(ConfigurationError, match=r"holds a run with other settings \(evaluation.every: 1 → 2\)"):
+        run_together([changed], QUIET)
+    with pytest.raises(ConfigurationError, match="two runs have the folder"):
+        run_together([four[0], four[0]], QUIET)
+
+
+def test_runs_are_continued_together_and_alone(four, tmp_path):
+    """Stopped after a chunk, two go on together and one alone: the same records as without the stop, to the last bit."""
+    configs = some_runs(tmp_path, "four")[:3]
+    outcomes = run_together(configs, QUIET, stop=lambda run, history: "enough")
+    assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "enough")] * 3
+    assert run_together(configs, QUIET) == outcomes  # ended is ended
+    for one in configs:
+        (one.run_folder / "ended.json").unlink()
+    run_together(configs[:2], QUIET)
+    resume(configs[2].run_folder, console=QUIET)
+    for one, whole in zip(configs, four, strict=False):
+        np.testing.assert_allclose(losses(one.run_folder), losses(whole.run_folder), rtol=1e-4)
+
+
+def test_one_that_stops_leaves_the_others_as_they_are(four, tmp_path):
+    configs = some_runs(tmp_path, "four", rounds=4)
+    asked = []
+
+    def stop(run: int, history: list[dict]) -> str | None:
+        asked.append((run, len(history)))
+        return "hopeless" if run == 1 else None
+
+    outcomes = run_together(configs, QUIET, stop=stop)
+    assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [
+        (4, "finished"),
+        (2, "hopeless"),
+        (4, "finished"),
+        (4, "finished"),
+    ]
+    assert (1, 2) in asked and (1, 4) not in asked
+    for one, whole in zip(configs, four, strict=True):
+        found, expected = losses(one.run_folder), losses(whole.run_folder)
+        np.testing.assert_allclose(found, expected[: len(found)], rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+def test_one_that_diverges_leaves_the_others_as_they_are(four, tmp_path):
+    file = write(tmp_path)
+    configs = [
+        config.load(file, [f"local.learning_rate={rate}", f"name=d-{rate}", "engine.lanes=2"]) for rate in (1e38, 0.05)
+    ]
+    broken, fine = run_together(configs, QUIET)
+    assert (broken.reason, fine.reason) == ("diverged", "finished")
+    assert "training loss is not finite in round" in str(broken.error)
+    assert json.loads((broken.folder / "failure.json").read_text())["reason"] == "non-finite loss"
+    np.testing.assert_allclose(losses(fine.folder), losses(four[0].run_folder), rtol=1e-4)
+
+
+def test_groups_hold_what_differs_in_numbers_only(tmp_path):
+    file = write(tmp_path)
+
+    def load(*overrides: str) -> Config:
+        return config.load(file, list(overrides))
+
+    configs = [
+        load(),
+        load("seed=5"),
+        load("algorithm.alpha=0.5", "partition.beta=5"),
+        load("local.epochs=3", "participation.dropout=0.5"),
+        load("local.batch_size=8"),
+        load("algorithm.form=joint"),
+        load("algorithm=fedavg"),
+        load("model.hidden=[8]"),
+        load("participation.cohort=5"),
+        load("local.momentum=0"),
+        load("local.clip_norm=1.0"),
+        load("engine.client_store=host"),
+        load("engine.client_store=host", "seed=1"),
+    ]
+    assert groups(configs) == [[0, 1, 2, 3, 9], [4], [5], [6], [7], [8], [10], [11], [12]]
