@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SEED ?= 0
 
-.PHONY: run run-perfit test test-slow test-oracles lint clean
+.PHONY: run run-perfit test test-slow test-oracles lint bench-peers clean
 .DELETE_ON_ERROR:
 
 # One stamp per set of extras; pip runs again only when the requirements change.
@@ -43,6 +43,17 @@ lint: $(VENV)/with-test $(VENV)/with-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The same workloads in other simulators; each has an environment of its own, and its pins are complete. PEERS="w1 w4" or
+# other arguments of the script choose.
+PEERS ?=
+.venv-peers/%/made: benchmarks/peers/requirements/%.txt
+	$(PYTHON) -m venv .venv-peers/$*
+	.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	touch $@
+
+bench-peers: $(VENV)/plain $(patsubst benchmarks/peers/requirements/%.txt,.venv-peers/%/made,$(wildcard benchmarks/peers/requirements/*.txt))
+	$(BIN)/python benchmarks/peers/compare.py $(PEERS)
 
 clean:
 	rm -rf $(VENV) runs

@@ -8,7 +8,7 @@ A language model is one function of its options that returns an `AdaptedModel`: 
 A network is called as `network(inputs [B, H, W, C], mask [B], train=bool)` and returns logits [B, classes].
 """
 
-from fedjax_qp.models import adapted, cnn, mlp, resnet, vgg  # noqa: F401  (they register themselves)
+from fedjax_qp.models import adapted, benchmarked, cnn, mlp, resnet, vgg  # noqa: F401  (they register themselves)
 from fedjax_qp.models.classifier import classifier
 from fedjax_qp.models.registry import language_models, models
 

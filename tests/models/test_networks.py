@@ -24,11 +24,17 @@ def parameter_count(name: str, shape: tuple[int, int, int], classes: int = 10, *
         ("lenet", (28, 28, 1), 44_426),
         ("resnet18", (32, 32, 3), 11_173_962),
         ("vgg16", (32, 32, 3), 14_728_266),
+        ("simple_cnn", (32, 32, 3), 896 + 18_496 + 12_544 * 128 + 128 + 1290),
         ("mlp", (28, 28, 1), 784 * 200 + 200 + 200 * 200 + 200 + 2010),
     ],
 )
 def test_known_parameter_counts(name: str, shape: tuple[int, int, int], count: int) -> None:
     assert parameter_count(name, shape) == count
+
+
+def test_the_femnist_network_has_as_many_parameters_as_published() -> None:
+    assert parameter_count("femnist_cnn", (28, 28, 1)) == 1_663_370  # McMahan et al. 2017, with ten classes
+    assert parameter_count("femnist_cnn", (28, 28, 1), 62) == 1_690_046
 
 
 @pytest.mark.parametrize("normalisation", ["batch", "group", "none"])
@@ -45,6 +51,13 @@ def test_output_shapes(name: str, shape: tuple[int, int, int], normalisation: st
     assert jax.eval_shape(outputs, jnp.zeros((3, *shape))).shape == (3, 7)
 
 
+@pytest.mark.parametrize(("name", "shape"), [("femnist_cnn", (13, 9, 2)), ("simple_cnn", (7, 9, 2))])
+def test_output_shapes_of_the_benchmarked_networks(name: str, shape: tuple[int, int, int]) -> None:
+    build = models.build(name, shape, 7)
+    outputs = jax.eval_shape(lambda inputs: build(nnx.Rngs(0))(inputs, train=True), jnp.zeros((3, *shape)))
+    assert outputs.shape == (3, 7)
+
+
 @pytest.mark.parametrize("normalisation", ["batch", "none"])
 @pytest.mark.parametrize("shape", [(28, 28, 1), (17, 19, 3)])
 def test_the_form_does_not_change_lenet(shape: tuple[int, int, int], normalisation: str) -> None:
@@ -55,6 +68,16 @@ def test_the_form_does_not_change_lenet(shape: tuple[int, int, int], normalisati
         return network(inputs, jnp.ones(4, bool), train=True)
 
     results = jax.jit(lambda: [logits(form) for form in ("lax", "patches", "toeplitz")])()
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(results[2], results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["femnist_cnn", "simple_cnn"])
+def test_the_form_does_not_change_the_benchmarked_networks(name: str) -> None:
+    inputs = jax.random.normal(jax.random.key(1), (3, 14, 15, 1))
+    forms = ("lax", "patches", "toeplitz")
+    networks = [models.build(name, inputs.shape[1:], 10, convolution=form)(nnx.Rngs(0)) for form in forms]
+    results = jax.jit(lambda: [network(inputs, train=True) for network in networks])()
     np.testing.assert_allclose(results[1], results[0], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(results[2], results[0], rtol=1e-4, atol=1e-4)
 
@@ -82,7 +105,13 @@ def test_one_array_a_weight_and_a_bias_with_readable_names() -> None:
 
 @pytest.mark.parametrize(
     ("name", "shape", "smallest"),
-    [("lenet", (15, 28, 1), "16×16"), ("resnet18", (8, 7, 3), "8×8"), ("vgg16", (28, 28, 1), "32×32")],
+    [
+        ("lenet", (15, 28, 1), "16×16"),
+        ("resnet18", (8, 7, 3), "8×8"),
+        ("vgg16", (28, 28, 1), "32×32"),
+        ("femnist_cnn", (3, 28, 1), "4×4"),
+        ("simple_cnn", (32, 5, 3), "6×6"),
+    ],
 )
 def test_small_images_are_refused_with_a_remedy(name: str, shape: tuple[int, int, int], smallest: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"'{name}' needs images of at least {smallest}.*{shape[0]}×.*use"):

@@ -1,0 +1,66 @@
+"""fedjax_qp on a workload: the program and the loop of `simulate`, without records and checkpoints.
+
+Plans are made while the device runs, as in `simulate`, and count in the time. The number of lanes is what `lanes: auto`
+picks, except where its trials would take many minutes on a CPU and the workload names a number; the choice is kept in the
+exchange folder, so that further peers are compared with the same program.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from exchange import Block, Workload, serve
+
+from fedjax_qp import config as configuration
+from fedjax_qp.experiment import Experiment, build, environment, first_state, start_engine
+from fedjax_qp.federated import FederatedState
+from fedjax_qp.lanes import choose_lanes
+from fedjax_qp.simulate import chunk_bounds, chunk_plan
+
+
+def pick_lanes(experiment: Experiment) -> tuple[int, dict[str, Any]]:
+    """The workload's number of lanes, or the one picked before, or `auto`'s; with what is known of the choice."""
+    given, kept = experiment.config.engine.lanes, Path(sys.argv[1]) / "lanes.json"
+    if given != "auto":
+        return given, {"lanes": given}
+    if not kept.exists():
+        started = time.perf_counter()
+        lanes, trials = choose_lanes([experiment])
+        facts = {"lanes": lanes, "trials": {trial.lanes: trial.round_seconds for trial in trials}}
+        kept.write_text(json.dumps({**facts, "trial_seconds": time.perf_counter() - started}))
+    facts = json.loads(kept.read_text())
+    return facts["lanes"], facts
+
+
+def prepare(workload: Workload) -> tuple[Any, dict[str, Any]]:
+    experiment = build(configuration.from_dict(workload.settings["config"]))
+    lanes, facts = pick_lanes(experiment)
+    chosen = dataclasses.replace(experiment.config.engine, lanes=lanes)
+    experiment = experiment._replace(config=dataclasses.replace(experiment.config, engine=chosen))
+    engine, first = start_engine(experiment), first_state(experiment)
+    bounds = chunk_bounds(0, workload.settings["rounds"], chosen.rounds_per_chunk)
+
+    def run_block() -> Block:
+        state, plan, found = engine.place_state(first), chunk_plan(experiment, lanes, *bounds[0]), []
+        for (_, rounds), following in zip(bounds, [*bounds[1:], None], strict=True):
+            state, metrics = engine.run(state, engine.place_plan(plan))
+            plan = chunk_plan(experiment, lanes, *following) if following else plan  # while the device works
+            found.append(jax.device_get(metrics)["client/loss"][:rounds])
+        losses = np.concatenate(found).mean(1, dtype=np.float64).tolist()
+        return Block(losses, _moved(jax.device_get(state)))
+
+    def _moved(state: FederatedState) -> float:
+        last, begun = (experiment.algorithm.serve(one.server, ()).trainable for one in (state, first))
+        squares = jax.tree.map(lambda a, b: float(((np.asarray(a) - np.asarray(b)) ** 2).sum()), last, begun)
+        return float(np.sqrt(sum(jax.tree.leaves(squares))))
+
+    return run_block, {**facts, "environment": environment()}
+
+
+if __name__ == "__main__":
+    serve(prepare)
