@@ -1,4 +1,4 @@
-"""The command line: `fedjax-qp run | resume | compare | adapters | answer | memory | list`."""
+"""The command line: `fedjax-qp run | resume | sweep | compare | adapters | answer | memory | list`."""
 
 import os
 import sys
@@ -23,25 +23,28 @@ def run(
     Args:
       config: YAML file; see configs/.
       overrides: settings to change, such as rounds=20 algorithm.alpha=2 algorithm=fedavg.
-      seeds: runs once for each of these seeds, one after another.
+      seeds: runs once for each of these seeds, in one program where the data allow it; finished ones are kept.
     """
     from fedjax_qp import config as configuration
     from fedjax_qp.run import run as start
     from fedjax_qp.simulate import NonFiniteLoss
+    from fedjax_qp.together import run_together
 
     console = Console()
-    status = 0
-    for seed in [None] if seeds is None else seeds:
-        changes = [*overrides] if seed is None else [*overrides, f"seed={seed}"]
+    if seeds is None:
         try:
-            outcome = start(configuration.load(config, changes), console)
-        except NonFiniteLoss as error:  # says so, and goes on with the next seed
+            outcomes = [start(configuration.load(config, list(overrides)), console)]
+        except NonFiniteLoss as error:
             print(f"error: {error}", file=sys.stderr)
-            status = 1
-            continue
-        if outcome.reason == "interrupted":
-            return 130
-    return status
+            return 1
+    else:
+        outcomes = run_together([configuration.load(config, [*overrides, f"seed={seed}"]) for seed in seeds], console)
+    for outcome in outcomes:
+        if outcome.error is not None:
+            print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
+    if any(outcome.reason == "interrupted" for outcome in outcomes):
+        return 130
+    return int(any(outcome.reason == "diverged" for outcome in outcomes))
 
 
 def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -> int:
@@ -59,6 +62,36 @@ def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = ()) -
     except NonFiniteLoss as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def sweep(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (), *, check: bool = False) -> int:
+    """Searches settings: many trials, several seeds each, on all cores or on a Dask cluster. Repeated, it continues.
+
+    Args:
+      config: YAML file of the sweep; see fedjax_qp/sweep/space.py and configs/sweep_mnist_5k.yaml.
+      overrides: settings of the sweep (workers=2 trials=40) or of its base configuration (rounds=20) to change.
+      check: only checks every trial and counts the runs.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if "jax" not in sys.modules:  # this process trains nothing, and must not hold the workers' memory
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    try:
+        from fedjax_qp.sweep.run import planned, run_sweep
+    except ImportError as error:
+        raise ConfigurationError(f"sweeps need more packages ({error}): pip install fedjax_qp[sweep].") from None
+    from fedjax_qp.sweep.space import base_values, load
+
+    console = Console()
+    loaded = load(config, list(overrides))
+    if check:
+        points = planned(loaded, base_values(loaded))
+        trials = len(points) or len(loaded.every_variant()) * (loaded.trials or 0)
+        console.print(f"{trials} trials with {len(loaded.seeds)} seeds each: {trials * len(loaded.seeds)} runs")
+        return 0
+    outcome = run_sweep(loaded, console, platforms=platforms)
+    if outcome.interrupted:
+        return 130
+    return 1 if any(row.status == "failed" for row in outcome.rows) else 0
 
 
 def compare(
@@ -231,6 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {
         "run": run,
         "resume": resume,
+        "sweep": sweep,
         "compare": compare,
         "adapters": adapters,
         "answer": answer,

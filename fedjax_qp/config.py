@@ -126,12 +126,12 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
       ConfigurationError: a key is unknown (the nearest valid ones are named) or missing, or a value is out of range.
     """
-    _check_keys(values, Config, "")
+    check_keys(values, Config)
     prepared = {key: _part(key, value) if key in PARTS else value for key, value in values.items()}
     try:
         return pydantic.TypeAdapter(Config).validate_python(prepared)
     except pydantic.ValidationError as error:
-        raise ConfigurationError(_readable(error)) from None
+        raise ConfigurationError(readable(error)) from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -149,7 +149,18 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     An override that changes the name of a part (`algorithm.name=fedavg`, or shorter `algorithm=fedavg`) drops the
     part's other options: they belonged to another function.
     """
-    path = Path(path)
+    values = read_mapping(Path(path))
+    for override in overrides or []:
+        assign(values, *parse_override(override))
+    return from_dict(values)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Reads a YAML file of settings.
+
+    Raises:
+      ConfigurationError: no such file (those there are are named), or it holds something else.
+    """
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path("configs")
         near = sorted(str(file) for file in folder.glob("*.yaml"))
@@ -160,9 +171,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigurationError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path} holds {type(values).__name__}, not a mapping of settings.")
-    for override in overrides or []:
-        _override(values, override)
-    return from_dict(values)
+    return values
 
 
 def save(config: Config, path: Path) -> None:
@@ -184,14 +193,27 @@ def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "")
     return found
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """Takes `key=value` apart; the value is YAML.
+
+    Raises:
+      ConfigurationError: there is no `=`, or the value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals:
         raise ConfigurationError(f"override {override!r} is not of the form key=value (for example rounds=20).")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigurationError(f"override {override!r}: {text!r} is not a YAML value.") from None
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets one setting, such as `algorithm.alpha`, in nested dicts; see `load` for the names of parts.
+
+    Raises:
+      ConfigurationError: the key leads into a single value.
+    """
     *folders, last = key.split(".")
     if key in PARTS and isinstance(value, str):
         folders, last = [key], "name"
@@ -200,7 +222,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             values[folder] = {"name": values[folder]}
         values = values.setdefault(folder, {})
         if not isinstance(values, dict):
-            raise ConfigurationError(f"override {override!r}: {folder!r} is a single value and has no parts.")
+            raise ConfigurationError(f"{key} = {value!r}: {folder!r} is a single value and has no parts.")
     if folders and folders[0] in PARTS and last == "name" and values.get("name") != value:
         values.clear()
     values[last] = value
@@ -214,7 +236,7 @@ def _part(key: str, value: Any) -> dict[str, Any]:
     return {"name": value["name"], "options": {k: v for k, v in value.items() if k != "name"}}
 
 
-def _check_keys(values: dict[str, Any], cls: type, prefix: str) -> None:
+def check_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
     """Unknown keys are errors; pydantic would say so too, but without the nearest valid one."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
@@ -224,10 +246,11 @@ def _check_keys(values: dict[str, Any], cls: type, prefix: str) -> None:
         if isinstance(inner, type) and dataclasses.is_dataclass(inner) and inner is not Part:
             if not isinstance(value, dict):
                 raise ConfigurationError(f"{prefix}{key} = {value!r} must be a mapping of settings.")
-            _check_keys(value, inner, f"{prefix}{key}.")
+            check_keys(value, inner, f"{prefix}{key}.")
 
 
-def _readable(error: pydantic.ValidationError) -> str:
+def readable(error: pydantic.ValidationError) -> str:
+    """Pydantic's findings in one line: setting, value, reason."""
     lines = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function", "constrained")))

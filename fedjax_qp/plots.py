@@ -37,8 +37,8 @@ def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = N
     accuracy, loss = figure.subplots(1, 2)
     _draw_methods(accuracy, found, "test_accuracy", 100, window)
     _draw_methods(loss, found, "train_loss", 1, window)
-    _finish(accuracy, "test accuracy (%)")
-    _finish(loss, "training loss (nats)")
+    finish_axes(accuracy, "test accuracy (%)")
+    finish_axes(loss, "training loss (nats)")
     handles, labels = accuracy.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
     figure.savefig(path, dpi=150)
@@ -59,10 +59,10 @@ def plot_run(records: list[dict], path: str | Path) -> Figure:
     panels = list(figure.subplots(1, count))
     _draw_client_spread(panels[0], records)
     _draw_line(panels[0], records, "test_accuracy", 0, "global model, whole test set", 100)
-    _finish(panels[0], "test accuracy (%)")
+    finish_axes(panels[0], "test accuracy (%)")
     _draw_line(panels[1], records, "train_loss", 1, "training (mean over clients)")
     _draw_line(panels[1], records, "test_loss", 0, "test (global model)")
-    _finish(panels[1], "loss (nats)")
+    finish_axes(panels[1], "loss (nats)")
     for index, (key, label) in enumerate(directions.items()):
         _draw_line(panels[-1], records, key, index, label)
     if "mutation/drift" in directions:
@@ -70,7 +70,7 @@ def plot_run(records: list[dict], path: str | Path) -> Figure:
             _UNSTABLE_DRIFT, color="0.4", linewidth=1, linestyle=":", label="drift that risks divergence"
         )
     if directions:
-        _finish(panels[-1], "mutations and updates (no unit)")
+        finish_axes(panels[-1], "mutations and updates (no unit)")
     for axes in panels:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize="small")
@@ -84,7 +84,7 @@ def _draw_methods(axes: Axes, found: list[Method], key: str, scale: float, windo
     width = window or max(1, longest // _SMOOTHED_TO)
     for index, method in enumerate(found):
         rounds, values = _over_seeds(method, key, width)
-        style = _style(index)
+        style = curve_style(index)
         if len(method.runs) > 1:
             mean, std = scale * values.mean(axis=0), scale * values.std(axis=0, ddof=1)
             axes.fill_between(rounds, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
@@ -133,10 +133,10 @@ def _draw_client_spread(axes: Axes, records: list[dict]) -> None:
 def _draw_line(axes: Axes, records: list[dict], key: str, index: int, label: str, scale: float = 1) -> None:
     rounds, values = _series(records, key)
     if len(rounds):
-        axes.plot(rounds, scale * values, label=label, markevery=max(1, len(rounds) // _MARKED), **_style(index))
+        axes.plot(rounds, scale * values, label=label, markevery=max(1, len(rounds) // _MARKED), **curve_style(index))
 
 
-def _style(index: int) -> dict[str, Any]:
+def curve_style(index: int) -> dict[str, Any]:
     """Colour, line and marker all change from curve to curve: print and colour-blind readers can tell them apart."""
     return {
         "color": _COLOURS[index % len(_COLOURS)],
@@ -147,7 +147,8 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _finish(axes: Axes, quantity: str) -> None:
+def finish_axes(axes: Axes, quantity: str) -> None:
+    """Labels, ticks and grid of a panel over rounds."""
     axes.set(xlabel="round", ylabel=quantity)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="0.9", linewidth=0.7)

@@ -224,7 +224,7 @@ class Recorder:
         self._file.flush()
         os.fsync(self._file.fileno())
         for record in records:
-            for name, value in _scalars(record):
+            for name, value in scalars(record):
                 self._board.add_scalar(name, value, record["round"])
 
     def close(self) -> None:
@@ -288,12 +288,12 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _scalars(record: dict) -> list[tuple[str, float]]:
+def scalars(record: dict) -> list[tuple[str, float]]:
     """The numbers of a record, those of nested dicts as "outer/inner"; lists and nulls are left out."""
     found = []
     for name, value in record.items():
         if isinstance(value, dict):
-            found += [(f"{name}/{inner}", number) for inner, number in _scalars(value)]
+            found += [(f"{name}/{inner}", number) for inner, number in scalars(value)]
         elif isinstance(value, int | float) and name != "round":
             found.append((name, float(value)))
     return found

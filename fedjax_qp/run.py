@@ -151,8 +151,11 @@ def continue_runs(
         everybody = simulate_together(experiments, states, stopped) if len(stopped) < len(opened) else ()
         for number, chunks in enumerate(everybody, 1):
             asked = "interrupted" if interrupted() else None
-            for run, (open_run, chunk) in enumerate(zip(opened, chunks, strict=True)):
-                if chunk is not None and open_run.take(chunk, number, partial(stop, run), asked):
+            present = {run: chunk for run, chunk in enumerate(chunks) if chunk is not None}
+            for run, chunk in present.items():  # all records first: whether one stops may depend on those of another
+                opened[run].write(chunk)
+            for run, chunk in present.items():
+                if opened[run].ends(chunk, number, partial(stop, run), asked):
                     stopped.add(run)
             _warn_of_drift(console, opened)
             progress.update(task, completed=max(open_run.done for open_run in opened), accuracy=_best(opened))

@@ -62,31 +62,33 @@ class OpenRun:
         self.error: NonFiniteLoss | None = None
         self.warned = False
 
-    def take(
+    def write(self, chunk: Chunk | NonFiniteLoss) -> None:
+        """Writes a chunk's records, or the mark of a run that diverged."""
+        if isinstance(chunk, NonFiniteLoss):
+            # Left behind so that a sweep can tell it from an interruption.
+            (self.folder / FAILURE).write_text(json.dumps({"reason": "non-finite loss", "message": str(chunk)}))
+            self.reason, self.error = "diverged", chunk
+            return
+        self._recorder.write(chunk.records)
+        self.history += chunk.records
+        self.done = int(chunk.state.round)
+
+    def ends(
         self,
         chunk: Chunk | NonFiniteLoss,
         number: int,
         stop: Callable[[list[dict]], str | None],
         asked: str | None,
     ) -> bool:
-        """Writes a chunk's records, and a checkpoint where one is due or the run ends.
+        """Whether the run ends after a chunk that is written; saves a checkpoint where one is due or it does.
 
         Args:
           number: of the chunk, from 1.
           stop: gives a reason to end the run early, or None.
           asked: the same from outside.
-
-        Returns:
-          Whether the run ends here.
         """
         if isinstance(chunk, NonFiniteLoss):
-            # Left behind so that a sweep can tell it from an interruption.
-            (self.folder / FAILURE).write_text(json.dumps({"reason": "non-finite loss", "message": str(chunk)}))
-            self.reason, self.error = "diverged", chunk
             return True
-        self._recorder.write(chunk.records)
-        self.history += chunk.records
-        self.done = int(chunk.state.round)
         finished = self.done == self.config.rounds
         self.reason = stop_reason(self.history, self.config.evaluation) or asked or stop(self.history)
         if finished and self.reason in (None, asked):

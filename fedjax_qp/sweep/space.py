@@ -1,0 +1,328 @@
+"""What a sweep tries: a YAML file mapped strictly onto frozen dataclasses, with every default of a sweep in this file.
+
+A sweep varies fields of one base configuration, each by its dotted name (`algorithm.alpha`, `partition`, `rounds`, …):
+
+    name: sweep-mnist5k
+    config: mnist5k.yaml                  # the base, relative to this file
+    overrides: {rounds: 20}               # changes to it; a list of key=value does as well
+    seeds: [0, 1, 2]                      # every trial runs once with each
+    search: grid                          # or random, optuna
+    space:
+      local.learning_rate: [0.01, 0.03]
+      algorithm.alpha: {low: 0.5, high: 4, log: true, points: 4}
+    variants:                             # coupled settings, each with a space of its own besides the common one
+      - {name: fedavg, settings: {algorithm: fedavg}}
+      - {name: fedmut, settings: {algorithm: fedmut}, space: {algorithm.beta0: [0, 0.3]}}
+
+A trial is one point of a variant's space; a run is a trial with one seed. On the command line, `key=value` changes the
+sweep where the key is one of `Sweep`'s, and the base configuration otherwise: `workers=4 rounds=50 space.rounds=[5,10]`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from fedjax_qp import config as configuration
+from fedjax_qp.config import PARTS, Config, Count
+from fedjax_qp.registry import ConfigurationError, unknown_name
+
+# The sweep gives every run these itself.
+_TAKEN = {"name": "the sweep names its runs", "folder": "the sweep keeps its runs in its own", "seed": "use `seeds`"}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Values to choose from, in YAML a list or `{choices: […]}`."""
+
+    choices: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """An interval, both ends included; integers where all of its numbers are integers.
+
+    A grid needs `step` (a distance) or `points` (a number of values, evenly spaced on the scale). Random search and Optuna
+    take any value between the ends where neither is given, rounded to four significant digits.
+    """
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    step: int | float | None = None
+    points: Annotated[int, Field(ge=2)] | None = None
+
+    @property
+    def whole(self) -> bool:
+        return all(isinstance(number, int) for number in (self.low, self.high, self.step) if number is not None)
+
+
+Dimension = Choices | Range
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings that belong together, for example a method, with the space of its own options."""
+
+    name: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    space: dict[str, Dimension] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What makes a trial good: the mean of a metric's last evaluations, averaged over seeds."""
+
+    metric: str = "test_accuracy"  # a name in the records; inner ones as personal/perplexity/mean
+    direction: Literal["max", "min"] | None = None  # null = max for an accuracy, min for everything else
+    last: Count = 10  # evaluations
+
+    @property
+    def sign(self) -> int:
+        """1 where more is better, otherwise -1."""
+        direction = self.direction or ("max" if "accuracy" in self.metric else "min")
+        return 1 if direction == "max" else -1
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The median rule, see `stopping`."""
+
+    after: Count = 10  # rounds that every trial gets
+    least_trials: Annotated[int, Field(ge=2)] = 4  # others that must have come as far
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep."""
+
+    name: str
+    config: str  # path of the base configuration
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    folder: str = "runs"  # the sweep's own folder is made in it, under the sweep's name
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0,)
+    search: Literal["grid", "random", "optuna"] = "grid"
+    trials: Count | None = None  # of each variant; random and optuna need it
+    search_seed: Annotated[int, Field(ge=0)] = 0
+    batch: Count = 8  # optuna: trials proposed at once; they run together, and the next proposals know their results
+    space: dict[str, Dimension] = dataclasses.field(default_factory=dict)  # of every variant
+    variants: tuple[Variant, ...] = ()
+    rank: Rank = dataclasses.field(default_factory=Rank)
+    early_stopping: EarlyStopping | None = None
+    workers: Count | Literal["auto"] = "auto"  # processes of the embedded cluster, see `schedule`
+    cluster: str | None = None  # address of an existing Dask scheduler, for example tcp://10.0.0.1:8786
+    runs_per_task: Count | None = None  # null = as many as share a program, divided among the workers
+    retries: Annotated[int, Field(ge=0)] = 2  # of a task that fails or whose worker dies, before it is taken apart
+
+    @property
+    def sweep_folder(self) -> Path:
+        return Path(self.folder) / self.name
+
+    def every_variant(self) -> tuple[Variant, ...]:
+        """The variants with the common space filled in; one without a name where the sweep has none."""
+        variants = self.variants or (Variant(""),)
+        return tuple(dataclasses.replace(one, space={**self.space, **one.space}) for one in variants)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Sweep:
+    """Reads a sweep file; see the module docstring for the overrides.
+
+    Raises:
+      ConfigurationError: a key is unknown (the nearest valid ones are named) or missing, or a value is out of range.
+    """
+    values = configuration.read_mapping(path)
+    values["overrides"] = _mapping(values.get("overrides"))
+    if isinstance(values.get("config"), str):
+        values["config"] = str(path.parent / values["config"])
+    fields = [field.name for field in dataclasses.fields(Sweep)]
+    of_run = [field.name for field in dataclasses.fields(Config)]
+    for override in overrides or []:
+        key, value = configuration.parse_override(override)
+        head, _, rest = key.partition(".")
+        if head not in fields and head not in of_run:
+            raise unknown_name("setting", key, [*fields, *of_run])
+        if head in ("space", "overrides") and rest:  # their keys have dots of their own
+            values[head] = {**(values.get(head) or {}), rest: value}
+        elif head in fields:
+            configuration.assign(values, key, value)
+        else:
+            values["overrides"][key] = value
+    return from_dict(values)
+
+
+def from_dict(values: dict[str, Any]) -> Sweep:
+    """Builds a sweep from nested dicts, in which a dimension is a list or a mapping.
+
+    Raises:
+      ConfigurationError: as in `load`.
+    """
+    values = {key: value for key, value in values.items() if value is not None}
+    configuration.check_keys(values, Sweep)
+    if "early_stopping" in values:  # it may be null, so `check_keys` does not see its class
+        configuration.check_keys(
+            _is_mapping("early_stopping", values["early_stopping"]), EarlyStopping, "early_stopping."
+        )
+    values["overrides"] = _mapping(values.get("overrides"))
+    values["space"] = _space("space", values.get("space", {}))
+    values["variants"] = [_variant(number, value) for number, value in enumerate(values.get("variants", []))]
+    try:
+        sweep = pydantic.TypeAdapter(Sweep).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(configuration.readable(error)) from None
+    _check(sweep)
+    return sweep
+
+
+def to_dict(sweep: Sweep) -> dict[str, Any]:
+    """The inverse of `from_dict`."""
+    values = dataclasses.asdict(sweep)
+    values["space"] = _plain_space(sweep.space)
+    values["seeds"] = list(sweep.seeds)
+    values["variants"] = [
+        {"name": one.name, "settings": one.settings, "space": _plain_space(one.space)} for one in sweep.variants
+    ]
+    return values
+
+
+def base_values(sweep: Sweep) -> dict[str, Any]:
+    """The base configuration with its overrides, as plain dicts with every default.
+
+    Raises:
+      ConfigurationError: the base cannot be read, or one of its settings cannot work.
+    """
+    values = configuration.read_mapping(Path(sweep.config))
+    apply(values, sweep.overrides)
+    return configuration.to_dict(configuration.from_dict(values))
+
+
+def apply(values: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Sets fields by their dotted names: parts' names before their options, since another name drops the options."""
+    for key in sorted(settings, key=lambda key: key not in PARTS and not key.endswith(".name")):
+        configuration.assign(values, key, settings[key])
+
+
+def listed(dimension: Dimension) -> list[Any] | None:
+    """The values of a dimension, or None for an interval that has neither step nor number of points."""
+    if isinstance(dimension, Choices):
+        return list(dimension.choices)
+    if dimension.step is not None:
+        count = int((dimension.high - dimension.low) / dimension.step + 1e-9) + 1
+        return [_number(dimension, dimension.low + index * dimension.step) for index in range(count)]
+    if dimension.points is None:
+        return None
+    shares = [index / (dimension.points - 1) for index in range(dimension.points)]
+    numbers = [_number(dimension, at_share(dimension, share)) for share in shares]
+    return list(dict.fromkeys(numbers))  # whole numbers may coincide
+
+
+def at_share(dimension: Range, share: float) -> float:
+    """The number at a share (0 to 1) of an interval, on its scale."""
+    low, high = dimension.low, dimension.high
+    return low * (high / low) ** share if dimension.log else low + share * (high - low)
+
+
+def _number(dimension: Range, value: float) -> int | float:
+    """Cuts off what floating point adds: 0.30000000000000004 is meant to be 0.3."""
+    return round(value) if dimension.whole else float(f"{value:.12g}")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _mapping(overrides: Any) -> dict[str, Any]:
+    """Overrides as a mapping, also where they are a list of key=value."""
+    if isinstance(overrides, list | tuple):
+        return dict(configuration.parse_override(str(override)) for override in overrides)
+    return dict(_is_mapping("overrides", overrides or {}))
+
+
+def _is_mapping(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{key} = {value!r} must be a mapping of settings.")
+    return value
+
+
+def _variant(number: int, value: Any) -> dict[str, Any]:
+    prefix = f"variants.{number}"
+    value = _is_mapping(prefix, value)
+    configuration.check_keys({key: item for key, item in value.items() if key != "space"}, Variant, f"{prefix}.")
+    return {**value, "space": _space(f"{prefix}.space", value.get("space") or {})}
+
+
+def _space(prefix: str, values: Any) -> dict[str, Dimension]:
+    return {key: _dimension(f"{prefix}.{key}", value) for key, value in _is_mapping(prefix, values).items()}
+
+
+def _dimension(key: str, value: Any) -> Dimension:
+    """Reads and checks one dimension."""
+    if isinstance(value, list | tuple):
+        value = {"choices": list(value)}
+    if not isinstance(value, dict):
+        raise ConfigurationError(
+            f"{key} = {value!r} needs a list of values, or a range such as {{low: 0.01, high: 1}}."
+        )
+    cls = Choices if "choices" in value else Range
+    configuration.check_keys(value, cls, f"{key}.")
+    try:
+        dimension = pydantic.TypeAdapter(cls).validate_python(value)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(f"{key}: {configuration.readable(error)}") from None
+    if isinstance(dimension, Range):
+        _check_range(key, dimension)
+    elif not dimension.choices:
+        raise ConfigurationError(f"{key} has no values: give at least one, or leave the field out.")
+    return dimension
+
+
+def _check_range(key: str, dimension: Range) -> None:
+    low, high, step = dimension.low, dimension.high, dimension.step
+    if not low < high:
+        raise ConfigurationError(f"{key}: low = {low} must be less than high = {high}.")
+    if dimension.log and low <= 0:
+        raise ConfigurationError(f"{key}: low = {low} with log must be greater than 0.")
+    if step is not None and not 0 < step <= high - low:
+        raise ConfigurationError(f"{key}: step = {step} must be greater than 0 and at most {high - low}.")
+    if step is not None and (dimension.log or dimension.points):
+        raise ConfigurationError(f"{key}: step = {step} does not go with log or points: use points, or leave them out.")
+
+
+def _check(sweep: Sweep) -> None:
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        raise ConfigurationError(f"seeds = {list(sweep.seeds)} names a seed twice: each belongs there once.")
+    names = [variant.name for variant in sweep.variants]
+    if len(set(names)) < len(names) or "" in names:
+        raise ConfigurationError(f"variants are named {names}: every one needs a name of its own.")
+    if sweep.search == "grid" and sweep.trials is not None:
+        raise ConfigurationError(
+            f"trials = {sweep.trials} with search = 'grid', which tries every point: leave it out."
+        )
+    if sweep.search != "grid" and sweep.trials is None:
+        raise ConfigurationError(f"search = {sweep.search!r} needs the number of trials, for example trials=20.")
+    for key in sweep.overrides:
+        _check_field(f"overrides.{key}", key)
+    for variant in sweep.every_variant():
+        for key in (*variant.settings, *variant.space):
+            _check_field(f"the field {key}", key)
+        twice = sorted(variant.settings.keys() & variant.space.keys())
+        if twice:
+            raise ConfigurationError(f"variant {variant.name!r} both sets and searches {', '.join(twice)}: do one.")
+        for key, dimension in variant.space.items():
+            if sweep.search == "grid" and listed(dimension) is None:
+                raise ConfigurationError(f"{key}: a grid needs the number of points (or a step) of this range.")
+
+
+def _check_field(what: str, key: str) -> None:
+    if key in _TAKEN:
+        raise ConfigurationError(f"{what} cannot be set by a sweep: {_TAKEN[key]}.")
+
+
+def _plain_space(space: dict[str, Dimension]) -> dict[str, Any]:
+    return {
+        key: list(dimension.choices)
+        if isinstance(dimension, Choices)
+        else {name: value for name, value in dataclasses.asdict(dimension).items() if value not in (None, False)}
+        for key, dimension in space.items()
+    }

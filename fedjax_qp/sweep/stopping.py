@@ -1,0 +1,148 @@
+"""How good a run is so far, and when a trial is given up: the median rule.
+
+The value of a run at a round is the mean of the metric's last evaluations up to there, the value of a trial the mean over
+its seeds, so early stopping looks at what the ranking looks at. From round `after` on, a trial is given up when its value is
+worse than the median of the other trials of its variant at that round. Details, all of them decisions:
+
+* A trial is stopped as a whole. It is judged once all of its seeds have come to a round, and then all of them stop: a mean
+  over fewer seeds could not be compared with anything.
+* Variants are judged apart: every method keeps its best settings, however much better another method is.
+* Trials that were given up stay among the others, as worse than any that runs. So side by side no more than half of a
+  variant's trials are given up however often they are judged, and the trials that come later meet a rising bar.
+* Nothing is judged with fewer than `least_trials` others at that round. Diverged and failed trials are no judges.
+
+Which trials have come to a round depends on their order and on the workers' speed, so with several workers two sweeps may
+stop different trials. Judgement is passed where a chunk of rounds ends.
+"""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedjax_qp import records
+from fedjax_qp.sweep.space import EarlyStopping, Rank
+from fedjax_qp.sweep.trials import read_attempt, stop_trial, stopped_file
+
+Curve = list[tuple[int, float]]  # (round, value) of each evaluation
+
+
+class Peer(NamedTuple):
+    """A trial as workers know it."""
+
+    name: str
+    variant: str
+
+
+class Curves:
+    """Reads metrics from run folders; a file is parsed again only when it has changed."""
+
+    def __init__(self, metric: str):
+        self._metric = metric
+        self._read: dict[Path, tuple[tuple[int, int], Curve, int]] = {}
+
+    def curve(self, run_folder: Path) -> Curve:
+        """The evaluations of a run so far."""
+        return self._entry(run_folder)[1]
+
+    def rounds(self, run_folder: Path) -> int:
+        """The rounds of a run so far."""
+        return self._entry(run_folder)[2]
+
+    def _entry(self, run_folder: Path) -> tuple[tuple[int, int], Curve, int]:
+        file = run_folder / records.FILE
+        try:
+            found = file.stat()
+        except FileNotFoundError:
+            return (0, 0), [], 0
+        stamp = (found.st_size, found.st_mtime_ns)
+        if file not in self._read or self._read[file][0] != stamp:
+            lines = records.read(run_folder)
+            self._read[file] = stamp, curve(lines, self._metric), lines[-1]["round"] if lines else 0
+        return self._read[file]
+
+
+def curve(lines: Sequence[dict], metric: str) -> Curve:
+    """The rounds in which a metric was recorded as a number, and its values there."""
+    found = [(line["round"], number(line, metric)) for line in lines]
+    return [(round, value) for round, value in found if value is not None]
+
+
+def number(line: dict, metric: str) -> float | None:
+    """A number of a record by its name; inner ones as `personal/perplexity/mean`."""
+    if metric in line:
+        value = line[metric]
+        return float(value) if isinstance(value, int | float) else None
+    outer, _, inner = metric.partition("/")
+    return number(line[outer], inner) if inner and isinstance(line.get(outer), dict) else None
+
+
+def value_at(curve: Curve, round: int | None, last: int) -> float | None:
+    """Mean of the last evaluations up to a round (None: the end); None before the first."""
+    values = [value for at, value in curve if round is None or at <= round]
+    return statistics.fmean(values[-last:]) if values else None
+
+
+class Judge:
+    """Decides for the runs of one task, on a worker, whether they go on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        attempt: str,
+        rank: Rank,
+        rule: EarlyStopping | None,
+        peers: Sequence[Peer],
+        seeds: Sequence[int],
+    ):
+        self._folder, self._attempt = folder, attempt
+        self._rank, self._rule, self._seeds = rank, rule, seeds
+        self._peers = {peer.name: peer for peer in peers}
+        self._curves = Curves(rank.metric)
+
+    def verdict(self, trial: str, seed: int, history: Sequence[dict]) -> str | None:
+        """The reason for which a run ends now, or None."""
+        if read_attempt(self._folder) != self._attempt:
+            return "interrupted"
+        if self._rule is None or not history:
+            return None
+        file = stopped_file(self._folder, trial)
+        if not file.exists():
+            reason = self._worse_than_median(trial, {seed: curve(history, self._rank.metric)}, history[-1]["round"])
+            if reason is None:
+                return None
+            stop_trial(self._folder, trial, reason)
+        return "stopped early"
+
+    def _worse_than_median(self, trial: str, own: dict[int, Curve], round: int) -> str | None:
+        assert self._rule is not None
+        value = self._value(trial, round, own)
+        if round < self._rule.after or value is None:
+            return None
+        sign, variant = self._rank.sign, self._peers[trial].variant
+        others = [peer.name for peer in self._peers.values() if peer.name != trial and peer.variant == variant]
+        stopped = [name for name in others if stopped_file(self._folder, name).exists()]
+        running = [self._value(name, round, {}) for name in others if name not in stopped]
+        goodness = [-float("inf")] * len(stopped) + [sign * other for other in running if other is not None]
+        if len(goodness) < self._rule.least_trials or sign * value >= (median := statistics.median(goodness)):
+            return None
+        return (
+            f"{self._rank.metric} {value:.4g} in round {round} is worse than the median {sign * median:.4g} of "
+            f"{len(goodness)} other trials"
+        )
+
+    def _value(self, trial: str, round: int, own: dict[int, Curve]) -> float | None:
+        """A trial's value at a round, or None until all of its seeds have come there."""
+        values = []
+        for seed in self._seeds:
+            folder = self._folder / "runs" / f"{trial}-seed{seed}"
+            if seed not in own and self._curves.rounds(folder) < round:
+                return None
+            values.append(value_at(own[seed] if seed in own else self._curves.curve(folder), round, self._rank.last))
+        present = [value for value in values if value is not None]
+        return statistics.fmean(present) if len(present) == len(values) else None
+
+
+def metric_names(lines: Sequence[dict[str, Any]]) -> list[str]:
+    """The names that `Rank.metric` can take in these records."""
+    return sorted({name for line in lines for name, _ in records.scalars(line)})
