@@ -15,7 +15,6 @@ are continued.
 """
 
 import argparse
-import contextlib
 import csv
 import json
 from pathlib import Path
@@ -26,9 +25,8 @@ from fedjax_qp import compare as comparison
 from fedjax_qp import config as configuration
 from fedjax_qp import records
 from fedjax_qp.plots import plot_comparison
-from fedjax_qp.run import resume, run
 from fedjax_qp.run_folder import FAILURE
-from fedjax_qp.simulate import NonFiniteLoss
+from fedjax_qp.together import run_together
 
 TUNE = {
     "fedavgm": [
@@ -64,16 +62,13 @@ TUNED_LAST, LAST = 5, 10
 
 
 def complete(config: configuration.Config, console: Console) -> Path:
-    """Runs, continues or keeps one run; returns its folder. A run that diverged is kept as such."""
-    folder = config.run_folder
-    if (folder / FAILURE).exists() or _is_finished(folder, config.rounds):
-        return folder
-    with contextlib.suppress(NonFiniteLoss):
-        if (folder / "config.yaml").exists():
-            resume(folder, console=console)
-        else:
-            run(config, console)
-    return folder
+    """Runs, continues or keeps one run; returns its folder. A run that diverged is kept as such.
+
+    Raises:
+      ConfigurationError: the folder holds a run of the same name with other settings, as after another tuning.
+    """
+    (outcome,) = run_together([config], console)
+    return outcome.folder
 
 
 def _is_finished(folder: Path, rounds: int) -> bool:

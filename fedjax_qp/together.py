@@ -157,7 +157,8 @@ def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> l
     wanted = {"runs": len(experiments), "lanes": remembered[0]["lanes"] if remembered else None}
     if len(remembered) < len(folders) or any(found != wanted for found in remembered):
         wanted["lanes"], trials = choose_lanes(experiments)
-        console.print(f"{len(experiments)} runs in one program; {describe(wanted['lanes'], trials)}")
+        sharing = f"{len(experiments)} runs in one program; " if len(experiments) > 1 else ""
+        console.print(sharing + describe(wanted["lanes"], trials))
         for folder in folders:
             (folder / SHARED).write_text(json.dumps(wanted))
     return [with_lanes(experiment, wanted["lanes"]) for experiment in experiments]

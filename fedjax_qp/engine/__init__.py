@@ -5,6 +5,9 @@ evaluation inside. A lane runs its clients one after another: at a client's firs
 last it adds the upload to the round's sum. That boundary work sits under a scalar `lax.cond`, so ordinary steps do not
 pay for it. The number of steps and of rounds are dynamic trip counts: nothing is recompiled from round to round.
 
+Several runs of one method may share a program: a lane then trains a client of any of them, server functions are vmapped
+over the runs, and uploads are summed by run (`make_shared_engine`). A run alone is the case of one.
+
 Several devices split the lanes; everything else is replicated, and the devices meet in one sum at the end of a round. Each
 group of lanes may have several devices that share the frozen weights (see `layout`).
 """
