@@ -124,8 +124,7 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     """
     config = resolve(config)
     check_devices(config)
-    # Built once without a model, so that bad hyper-parameters show up before the data is read.
-    method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
+    check_options(config)
     task = _build_task(config, like)
     if config.participation.cohort > len(task.parts):
         raise ConfigurationError(
@@ -179,6 +178,15 @@ def _task_settings(config: Config) -> tuple:
     expansion = config.algorithm.options.get("expansion", 1)
     parts = (config.data, config.partition, config.model, config.text, config.seed)
     return *parts, config.evaluation.batch_size, config.engine.model_devices, expansion
+
+
+def check_options(config: Config) -> None:
+    """Builds the algorithm of a resolved configuration without a model: bad hyper-parameters show up before any data is read.
+
+    Raises:
+      ConfigurationError: names the value, the allowed range and the remedy.
+    """
+    method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
 
 
 def _no_model(*arguments: object) -> None:

@@ -17,10 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedjax_qp import config as configuration
-from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config
-from fedjax_qp.experiment import local_optimizer, resolve
-from fedjax_qp.federated import Model
+from fedjax_qp.experiment import check_options, resolve
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.space import Choices, Dimension, Range, Sweep, Variant, apply, at_share, listed
 
@@ -136,11 +134,7 @@ def checked(base: dict[str, Any], point: Point) -> Point:
     """
     try:
         config = configure(base, point.settings, name="trial", folder="runs", seed=0)
-        algorithms[config.algorithm.name](
-            Model(init=_not_called, loss=_not_called, evaluate=_not_called),
-            optimizer=local_optimizer(config.local),
-            **config.algorithm.options,
-        )
+        check_options(config)
     except ConfigurationError as error:
         shown = ", ".join(f"{key}={value}" for key, value in point.settings.items())
         raise ConfigurationError(
@@ -149,10 +143,6 @@ def checked(base: dict[str, Any], point: Point) -> Point:
     values = configuration.to_dict(config)
     settings = {key: _as_resolved(values, key, value) for key, value in point.settings.items()}
     return point._replace(settings=settings)
-
-
-def _not_called(*arguments: object) -> None:
-    raise AssertionError("a model's functions are not called when an algorithm is built")
 
 
 def _as_resolved(values: Any, key: str, given: Any) -> Any:
