@@ -52,7 +52,7 @@ def main() -> None:
     started = time.perf_counter()
     folders = {
         label: finished_or_run(
-            arguments.config, label, [*arguments.overrides, *method, f"seed={arguments.seed}"], console
+            arguments.config, label, FOLDER, [*arguments.overrides, *method, f"seed={arguments.seed}"], console
         )
         for label, method in METHODS.items()
     }

@@ -15,7 +15,7 @@ from statistics import median
 from measure import TimedRounds, write_rows
 
 from fedjax_qp import config as configuration
-from fedjax_qp.experiment import build, with_lanes
+from fedjax_qp.experiment import build, with_layout
 from fedjax_qp.lanes import LaneTimer
 
 LANES = (1, 2, 3, 5, 10)
@@ -31,9 +31,9 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     overrides = [*arguments.overrides, "engine.rounds_per_chunk=1"]
     experiment = build(configuration.load(arguments.config, overrides))
-    rounds = {lanes: TimedRounds(with_lanes(experiment, lanes), lanes, arguments.rounds) for lanes in LANES}
-    timers = {lanes: LaneTimer([experiment], lanes) for lanes in LANES}
-    chosen = min(LANES, key=lambda lanes: timers[lanes].trial().round_seconds)  # what `choose_lanes` goes by
+    rounds = {lanes: TimedRounds(with_layout(experiment, lanes, 1), lanes, arguments.rounds) for lanes in LANES}
+    timers = {lanes: LaneTimer([with_layout(experiment, lanes, 1)]) for lanes in LANES}
+    chosen = min(LANES, key=lambda lanes: timers[lanes].trial().round_seconds)  # what `choose_layout` goes by
     seconds: dict[int, list[float]] = {lanes: [] for lanes in LANES}
     steps: dict[int, list[float]] = {lanes: [] for lanes in LANES}
     for _ in range(arguments.repeats):  # in turn, so that a slow minute hits all alike

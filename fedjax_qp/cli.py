@@ -297,18 +297,19 @@ def memory(
     from fedjax_qp import config as configuration
 
     loaded = configuration.load(config, list(overrides))
-    needed = loaded.engine.devices * loaded.engine.model_devices
+    engine = loaded.engine
+    needed = (1 if engine.devices == "auto" else engine.devices) * engine.model_devices
     if "jax" not in sys.modules:  # the mesh is made of host devices, whatever this machine has
         # Nothing is run, so the machine code need not be good; which arrays live when is settled before it is made.
         flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from fedjax_qp.memory import measure, memory_table
+    from fedjax_qp.memory import measure, memory_table, on_a_mesh
 
     clients = clients or loaded.participation.cohort
     found = measure(loaded, clients=clients, sequences_per_client=sequences_per_client)
     console = Console()
-    console.print(memory_table(loaded, found))
+    console.print(memory_table(on_a_mesh(loaded), found))
     console.print(
         f"{clients} clients with {sequences_per_client} sequences each; one more takes {found.per_client:,} bytes.\n"
         f"Trainable entries of a client: {found.trainable_entries:,} (before any mask).\n"

@@ -71,13 +71,19 @@ class Participation:
 class Engine:
     """How the work is laid out on devices; results do not depend on it beyond float rounding."""
 
-    parallel: Literal["vmap", "shard_map", "pmap"] = "vmap"
-    devices: Count = 1
+    parallel: Literal["auto", "vmap", "shard_map", "pmap"] = "auto"  # auto: vmap on one device, shard_map on several
+    devices: Count | Literal["auto"] = "auto"  # auto: one or all, measured with lanes: auto; with a number of lanes one
     model_devices: Count = 1  # devices that share the frozen weights of each group of lanes
     lanes: Count | Literal["auto"] = "auto"  # clients trained side by side; auto measures and picks
     memory_gigabytes: Positive | None = None  # that auto may plan with on each device; null = 80 % of what there is
     rounds_per_chunk: Count = 10  # rounds in one program; also the distance of checkpoints
     client_store: Literal["device", "host"] = "device"
+
+    @property
+    def lane_devices(self) -> int:
+        """Devices among which the lanes are split, once that is settled."""
+        assert self.devices != "auto", "devices.settle and lanes.choose_layout leave no auto"
+        return self.devices
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Local, Part
 from fedjax_qp.data import character_sources, check_partition, instruction_sources, partitions, sources
+from fedjax_qp.devices import check_devices, settle, share_out_cores
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state
 from fedjax_qp.models import character_models, language_models, models
@@ -146,7 +147,8 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     Raises:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
-    config = resolve(config)
+    share_out_cores()
+    config = settle(resolve(config))
     check_devices(config)
     check_options(config)
     task = _build_task(config, like)
@@ -236,7 +238,7 @@ def start_engine(experiment: Experiment) -> Engine:
         personal=experiment.task.personal,
         seed=experiment.config.seed,
         parallel=engine.parallel,
-        devices=engine.devices,
+        devices=engine.lane_devices,
         model_devices=engine.model_devices,
         frozen_axes=experiment.task.frozen_axes,
     )
@@ -252,7 +254,7 @@ def start_shared_engine(experiments: Sequence[Experiment]) -> Engine:
         method(first.config, first.model),
         first.model,
         Data(task.frozen, task.train, task.test, task.personal),
-        Devices(engine.parallel, engine.devices, engine.model_devices, task.frozen_axes),
+        Devices(engine.parallel, engine.lane_devices, engine.model_devices, task.frozen_axes),
         Runs(
             differing_settings([experiment.config for experiment in experiments]),
             jax.numpy.stack([jax.random.key(experiment.config.seed) for experiment in experiments]),
@@ -291,10 +293,11 @@ def host_copy(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
 
 
-def with_lanes(experiment: Experiment, lanes: int) -> Experiment:
-    """The same experiment with a fixed number of lanes."""
-    engine = dataclasses.replace(experiment.config.engine, lanes=lanes)
-    return experiment._replace(config=dataclasses.replace(experiment.config, engine=engine))
+def with_layout(experiment: Experiment, lanes: int, devices: int) -> Experiment:
+    """The same experiment with fixed numbers of lanes and devices."""
+    config = experiment.config
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, lanes=lanes, devices=devices))
+    return experiment._replace(config=settle(config))
 
 
 def _check_dispatch(model: Model, algorithm: Algorithm, clients: int, members: int) -> None:
@@ -350,76 +353,6 @@ def _check_accumulation(work: Workload) -> None:
         raise ConfigurationError(
             f"local.accumulate = {every} is more than the {fewest - warm_up} local steps of client {client}: choose 1 to "
             f"{fewest - warm_up}, or more local.epochs or a smaller local.batch_size."
-        )
-
-
-def check_devices(config: Config) -> None:
-    """Checks the engine's settings against each other and against the devices there are."""
-    engine = config.engine
-    available = jax.device_count()
-    if engine.devices > available:
-        raise ConfigurationError(
-            f"engine.devices = {engine.devices}, but {available} {jax.default_backend()} device(s) are visible: choose 1 "
-            f"to {available} (host devices: XLA_FLAGS=--xla_force_host_platform_device_count={engine.devices})."
-        )
-    _check_model_devices(config, available)
-    _check_processes(config, available)
-    if engine.parallel == "vmap" and engine.devices > 1:
-        raise ConfigurationError(
-            f"engine.devices = {engine.devices} with engine.parallel = 'vmap', which uses one device: choose shard_map "
-            "or pmap."
-        )
-    if engine.lanes != "auto" and engine.lanes % engine.devices:
-        raise ConfigurationError(
-            f"engine.lanes = {engine.lanes} must be a multiple of engine.devices = {engine.devices}: every device takes "
-            "the same number of lanes."
-        )
-    most = -(-config.participation.cohort // engine.devices) * engine.devices
-    if engine.lanes != "auto" and engine.lanes > most:
-        raise ConfigurationError(
-            f"engine.lanes = {engine.lanes} is more than the {config.participation.cohort} clients of a round: choose 1 "
-            f"to {most}."
-        )
-
-
-def _check_processes(config: Config, available: int) -> None:
-    """Several processes share one mesh of all their devices."""
-    engine, count = config.engine, jax.process_count()
-    if count == 1:
-        return
-    if engine.parallel != "shard_map":
-        raise ConfigurationError(
-            f"engine.parallel = {engine.parallel!r} with {count} processes: choose shard_map, whose mesh spans them."
-        )
-    if engine.devices * engine.model_devices != available:
-        raise ConfigurationError(
-            f"engine.devices = {engine.devices} (and engine.model_devices = {engine.model_devices}) with {count} processes, "
-            f"which have {available} devices in all: choose engine.devices = {available // engine.model_devices}."
-        )
-
-
-def _check_model_devices(config: Config, available: int) -> None:
-    engine = config.engine
-    if engine.model_devices == 1:
-        return
-    given = f"engine.model_devices = {engine.model_devices}"
-    if engine.parallel == "pmap":
-        raise ConfigurationError(
-            f"{given} with engine.parallel = 'pmap', which knows no second axis of devices: choose shard_map (or vmap with "
-            "engine.devices = 1), or 1."
-        )
-    if not of_language_model(config):
-        raise ConfigurationError(
-            f"{given}, but model = {config.model.name!r} has no frozen weights to share: choose 1 and raise engine.devices, "
-            f"or one of {', '.join(language_models.names())}."
-        )
-    needed = engine.devices * engine.model_devices
-    if needed > available:
-        most = max(1, available // engine.devices)
-        raise ConfigurationError(
-            f"{given} with engine.devices = {engine.devices} needs {needed} devices, but {available} "
-            f"{jax.default_backend()} device(s) are visible: choose 1 to {most} (host devices: "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={needed})."
         )
 
 

@@ -1,8 +1,9 @@
 """`engine.lanes: auto`: measures a step at several numbers of lanes and picks the one with the shortest round.
 
 More lanes share a step's fixed costs and fill a wide device; fewer lanes waste less time waiting for the longest client.
-Which wins depends on the net, the device and the partition, so it is measured. The choice is written into the run folder:
-a resumed run does not measure again.
+With `engine.devices: auto` the lanes are also tried on all devices, which on a CPU are its cores. Which wins depends on the
+net, the device and the partition, so it is measured. The choice is written into the run folder: a resumed run does not
+measure again.
 
 A number of lanes whose program would not fit the device's memory, by the compiler's own count, is never run.
 """
@@ -20,8 +21,9 @@ import psutil
 
 from fedjax_qp import processes
 from fedjax_qp.config import Engine as EngineSettings
+from fedjax_qp.devices import choices
 from fedjax_qp.engine import bytes_needed
-from fedjax_qp.experiment import Experiment, first_state, join_states, start_shared_engine
+from fedjax_qp.experiment import Experiment, first_state, join_states, start_shared_engine, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.plan import Plan, Workload, longest_lane, plan_together, sample_cohort
 from fedjax_qp.registry import ConfigurationError
@@ -34,9 +36,10 @@ _COHORTS = 50  # sampled cohorts over which the round's length is averaged
 
 
 class LaneTrial(NamedTuple):
-    """What was measured for one number of lanes."""
+    """What was measured for one number of lanes on some devices."""
 
-    lanes: int
+    lanes: int  # on all of them
+    devices: int
     step_seconds: float  # all lanes together
     steps: float  # mean steps of a round
     use: float  # share of lane-steps that train a client
@@ -45,6 +48,10 @@ class LaneTrial(NamedTuple):
     @property
     def round_seconds(self) -> float:
         return self.step_seconds * self.steps
+
+    def __str__(self) -> str:
+        said = f"{_layout(self.lanes, self.devices)}: {self.round_seconds:.2f} s at {self.use:.0%} use"
+        return f"{said}, {_gigabytes(self.bytes)}"
 
 
 def candidates(clients: int, devices: int) -> list[int]:
@@ -63,31 +70,43 @@ class Budget(NamedTuple):
         return f"{_gigabytes(self.bytes)} ({self.source})"
 
 
-class LaneChoice(NamedTuple):
-    """The number of lanes, and what it rests on."""
+class TooLarge(NamedTuple):
+    """A program that was compiled but not run, since it does not fit."""
 
     lanes: int
-    trials: list[LaneTrial]
+    devices: int
+    bytes: int
     budget: Budget
-    too_large: dict[int, int]  # lanes whose program was compiled but not run, since it takes so many bytes
     skipped: list[int]  # more lanes still: not even compiled
 
     def __str__(self) -> str:
-        listed = ", ".join(
-            f"{trial.lanes}: {trial.round_seconds:.2f} s at {trial.use:.0%} use, {_gigabytes(trial.bytes)}"
-            for trial in self.trials
-        )
-        said = f"lanes: {self.lanes} (predicted round {listed})"
-        for lanes, size in self.too_large.items():
-            more = f", nor {', '.join(map(str, self.skipped))}" if self.skipped else ""
-            said += f"; not tried: {lanes}, which takes {_gigabytes(size)} of {self.budget}{more}"
-        return said
+        more = f", nor {', '.join(map(str, self.skipped))}" if self.skipped else ""
+        return f"{_layout(self.lanes, self.devices)}, which takes {_gigabytes(self.bytes)} of {self.budget}{more}"
+
+
+class LayoutChoice(NamedTuple):
+    """The numbers of lanes and devices, and what they rest on."""
+
+    lanes: int
+    devices: int
+    trials: list[LaneTrial]
+    too_large: list[TooLarge]
+
+    def __str__(self) -> str:
+        said = f"lanes: {_layout(self.lanes, self.devices)} (predicted round {', '.join(map(str, self.trials))})"
+        return "; not tried: ".join([said, *map(str, self.too_large)])
 
     def write(self, folder: Path) -> None:
         """Leaves the choice in a run's folder."""
         trials = [{**trial._asdict(), "round_seconds": trial.round_seconds} for trial in self.trials]
-        facts = {**self._asdict(), "trials": trials, "budget": self.budget._asdict()}
-        (folder / "lanes.json").write_text(json.dumps(facts, indent=2))
+        too_large = [{**found._asdict(), "budget": found.budget._asdict()} for found in self.too_large]
+        (folder / "lanes.json").write_text(
+            json.dumps({**self._asdict(), "trials": trials, "too_large": too_large}, indent=2)
+        )
+
+
+def _layout(lanes: int, devices: int) -> str:
+    return f"{lanes}" if devices == 1 else f"{lanes} on {devices} devices"
 
 
 def memory_budget(settings: EngineSettings) -> Budget:
@@ -102,16 +121,16 @@ def memory_budget(settings: EngineSettings) -> Budget:
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in here]
     if all(limits):
         return Budget(int(SHARE * min(limit for limit in limits if limit)), f"{SHARE:.0%} of the device's memory")
-    used = min(len(here), settings.devices * settings.model_devices)
+    used = min(len(here), settings.lane_devices * settings.model_devices)
     free = psutil.virtual_memory().available
     return Budget(int(SHARE * free / used), f"{SHARE:.0%} of the machine's free memory for {used} device(s)")
 
 
-def choose_lanes(experiments: Sequence[Experiment]) -> LaneChoice:
+def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
     """Measures the candidates (compiling one small program for each) and picks the best.
 
-    It goes upwards, and ends where a program exceeds the memory, or where a round takes `_WORSE` times as long as the best so
-    far: beyond, lanes only wait.
+    For each number of devices it goes upwards in lanes, and ends where a program exceeds the memory, or where a round takes
+    `_WORSE` times as long as the best so far: beyond, lanes only wait.
 
     Args:
       experiments: the runs that will share the lanes; one for a run alone.
@@ -119,33 +138,46 @@ def choose_lanes(experiments: Sequence[Experiment]) -> LaneChoice:
     Raises:
       ConfigurationError: not even the fewest lanes fit the memory.
     """
-    config, trials = experiments[0].config, []
-    budget = memory_budget(config.engine)
-    budget = budget._replace(bytes=int(processes.of_first(budget.bytes)))
-    numbers = candidates(len(experiments) * config.participation.cohort, config.engine.devices)
-    for place, lanes in enumerate(numbers):
-        timer = LaneTimer(experiments, lanes)
-        if timer.bytes > budget.bytes:
-            if not trials:
-                raise _nothing_fits(timer, budget)
-            return LaneChoice(_best(trials).lanes, trials, budget, {lanes: timer.bytes}, numbers[place + 1 :])
-        trials.append(timer.trial())
-        del timer  # and its data on the device
-        if trials[-1].round_seconds > _WORSE * _best(trials).round_seconds:
-            break
-    return LaneChoice(_best(trials).lanes, trials, budget, {}, [])
+    config = experiments[0].config
+    trials: list[LaneTrial] = []
+    too_large: list[TooLarge] = []
+    for devices in choices(config):
+        numbers = candidates(len(experiments) * config.participation.cohort, devices)
+        budget = memory_budget(with_layout(experiments[0], numbers[0], devices).config.engine)
+        budget = budget._replace(bytes=int(processes.of_first(budget.bytes)))
+        for place, lanes in enumerate(numbers):
+            timer = LaneTimer([with_layout(experiment, lanes, devices) for experiment in experiments])
+            if timer.bytes > budget.bytes:
+                too_large.append(TooLarge(lanes, devices, timer.bytes, budget, numbers[place + 1 :]))
+                break
+            trials.append(timer.trial())
+            del timer  # and its data on the device
+            if trials[-1].round_seconds > _WORSE * _best(trials).round_seconds:
+                break
+    if not trials:
+        raise _nothing_fits(too_large[-1])
+    best = _best(trials)
+    return LayoutChoice(best.lanes, best.devices, trials, too_large)
+
+
+def definite_layout(experiments: Sequence[Experiment]) -> list[Experiment]:
+    """The experiments with a fixed layout: their own, or one that is measured now."""
+    if experiments[0].config.engine.lanes != "auto":
+        return list(experiments)
+    choice = choose_layout(experiments)
+    return [with_layout(experiment, choice.lanes, choice.devices) for experiment in experiments]
 
 
 def _best(trials: Sequence[LaneTrial]) -> LaneTrial:
     return min(trials, key=lambda trial: trial.round_seconds)
 
 
-def _nothing_fits(timer: "LaneTimer", budget: Budget) -> ConfigurationError:
+def _nothing_fits(fewest: TooLarge) -> ConfigurationError:
     return ConfigurationError(
-        f"engine.lanes = 'auto': {timer.lanes} lane(s), the fewest there can be, take {_gigabytes(timer.bytes)} of "
-        f"{budget}. Choose a smaller local.batch_size, evaluation.batch_size or model, "
+        f"engine.lanes = 'auto': {fewest.lanes} lane(s), the fewest there can be, take {_gigabytes(fewest.bytes)} of "
+        f"{fewest.budget}. Choose a smaller local.batch_size, evaluation.batch_size or model, "
         f"engine.client_store = 'host' for large client memories, or engine.memory_gigabytes of at least "
-        f"{timer.bytes / 2**30:.2g}."
+        f"{fewest.bytes / 2**30:.2g}."
     )
 
 
@@ -156,8 +188,11 @@ def _gigabytes(size: int) -> str:
 class LaneTimer:
     """Times a step of `lanes` clients: the difference of a long and a short trial round is free of a round's fixed costs."""
 
-    def __init__(self, experiments: Sequence[Experiment], lanes: int):
-        self.experiments, self.lanes = experiments, lanes
+    def __init__(self, experiments: Sequence[Experiment]):
+        """Args: experiments: with the lanes and devices to be timed."""
+        self.experiments, engine = experiments, experiments[0].config.engine
+        assert engine.lanes != "auto"
+        self.lanes, self.devices = engine.lanes, engine.lane_devices
         self.engine = start_shared_engine(experiments)
         states = [_first_state(experiment, self._members()) for experiment in experiments]
         self.state = self.engine.place_state(join_states(states))
@@ -184,7 +219,7 @@ class LaneTimer:
         use = float(np.mean([cohort.sum() for cohort in cohorts])) / (steps * self.lanes)
         self()  # the first time is not like the others
         seconds = processes.of_first(float(np.median([self() for _ in range(_REPEATS)])))
-        return LaneTrial(self.lanes, seconds, steps, use, self.bytes)
+        return LaneTrial(self.lanes, self.devices, seconds, steps, use, self.bytes)
 
     def _members(self) -> int:
         """Clients of a run that the trial needs: several devices may want more lanes than there are clients."""

@@ -5,6 +5,7 @@ the model's folder only config.json is read. What the arguments take is exact fo
 is the CPU compiler's, which keeps other intermediate results than that of a GPU, so it is an estimate.
 """
 
+import dataclasses
 import math
 import time
 from functools import partial
@@ -20,8 +21,9 @@ from rich.table import Table
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config
 from fedjax_qp.data.sequences import Sequences
+from fedjax_qp.devices import check_devices, settle
 from fedjax_qp.engine import PersonalTests, Program, TestSet, make_program
-from fedjax_qp.experiment import check_devices, local_optimizer, resolve
+from fedjax_qp.experiment import local_optimizer, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.models import gguf, language_models, lora
 from fedjax_qp.models.language import language_model
@@ -63,9 +65,16 @@ class _Arguments(NamedTuple):
     key: jax.ShapeDtypeStruct
 
 
+def on_a_mesh(config: Config) -> Config:
+    """With definite devices: one where none are named, since those of this machine do not matter."""
+    if config.engine.devices == "auto":
+        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, devices=1))
+    return settle(config)
+
+
 def devices_needed(config: Config) -> int:
-    """Devices of the mesh."""
-    return config.engine.devices * config.engine.model_devices
+    """Devices of the mesh; of settled settings."""
+    return config.engine.lane_devices * config.engine.model_devices
 
 
 def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memory:
@@ -79,7 +88,7 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
     Raises:
       ConfigurationError: no language model, or more devices than are visible.
     """
-    config = resolve(config)
+    config = on_a_mesh(resolve(config))
     folder = _folder(config)
     check_devices(config)
     if config.participation.cohort > clients:
@@ -97,7 +106,7 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         algorithm,
         model,
         parallel="vmap" if engine.parallel == "vmap" else "shard_map",
-        devices=engine.devices,
+        devices=engine.lane_devices,
         model_devices=engine.model_devices,
         frozen_axes=split_axes(base, engine.model_devices),
     )
@@ -117,7 +126,7 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         temporaries=found.temp_size_in_bytes,
         trainable_entries=int(lora.count(jax.eval_shape(model.init, jax.random.key(0)).trainable)),
         per_client=_on_device(one_client) // clients,
-        lanes=lanes // engine.devices,
+        lanes=lanes // engine.lane_devices,
         argument_bytes=found.argument_size_in_bytes,
         seconds=seconds,
     )
@@ -172,7 +181,7 @@ def _model(config: Config, base: LlamaConfig) -> Model:
 def _lanes(config: Config) -> int:
     """As configured; with "auto" the most there can be."""
     engine = config.engine
-    most = -(-config.participation.cohort // engine.devices) * engine.devices
+    most = -(-config.participation.cohort // engine.lane_devices) * engine.lane_devices
     return most if engine.lanes == "auto" else engine.lanes
 
 

@@ -12,13 +12,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from fedjax_qp.devices import share_out_cores
 from fedjax_qp.registry import ConfigurationError
 
 
 def join(
     *, cluster: bool = False, coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
-    """Connects this process to the others; does nothing for a process alone. Comes before JAX touches a device.
+    """Connects this process to the others; a process alone only shares out its cores. Comes before JAX touches a device.
 
     Args:
       cluster: they were started by a cluster, which JAX finds by itself.
@@ -34,6 +35,7 @@ def join(
     if not cluster and coordinator is None:
         if (count, number) != (None, None):
             raise ConfigurationError("several processes need --coordinator HOST:PORT, or --cluster.")
+        share_out_cores()
         return
     if not cluster and (count is None or number is None or not 0 <= number < count):
         raise ConfigurationError(

@@ -17,9 +17,9 @@ from fedjax_qp import processes
 from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config
 from fedjax_qp.data import print_table, summary
-from fedjax_qp.experiment import Experiment, build, first_state, with_lanes
+from fedjax_qp.experiment import Experiment, build, first_state, with_layout
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.lanes import choose_lanes
+from fedjax_qp.lanes import choose_layout
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run_folder import OpenRun, begin_folder, make_folder
 from fedjax_qp.simulate import NonFiniteLoss, simulate_together
@@ -57,11 +57,11 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     startup.done("data")
     make_folder(folder)
     if experiment.config.engine.lanes == "auto":
-        choice = choose_lanes([experiment])
+        choice = choose_layout([experiment])
         console.print(str(choice))
         if processes.first():
             choice.write(folder)
-        experiment = with_lanes(experiment, choice.lanes)
+        experiment = with_layout(experiment, choice.lanes, choice.devices)
         startup.done("lanes")
     print_table(summary(experiment.task.counts), console=console)
     for note in experiment.task.notes:

@@ -11,7 +11,7 @@ from jaxtyping import Int, PyTree
 from fedjax_qp.engine import Engine
 from fedjax_qp.experiment import Experiment, first_state, host_copy, join_states, start_shared_engine
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.lanes import choose_lanes
+from fedjax_qp.lanes import definite_layout
 from fedjax_qp.plan import Plan, of_run, plan_together, taken_part
 from fedjax_qp.records import chunk_records, nonfinite_clients
 
@@ -91,8 +91,9 @@ def simulate_together(
       Per program call and experiment a `Chunk`; None once it is in `stopped`; and the error, once, where its training has
       left the finite numbers, after which it is stopped too.
     """
-    config, broken = experiments[0].config, set()
-    lanes = choose_lanes(experiments).lanes if config.engine.lanes == "auto" else config.engine.lanes
+    experiments = definite_layout(experiments)
+    config, broken, lanes = experiments[0].config, set(), experiments[0].config.engine.lanes
+    assert lanes != "auto"
     pairs = zip(experiments, states, strict=True)
     host = [first_state(experiment) if state is None else host_copy(state) for experiment, state in pairs]
     runs, engine = len(experiments), start_shared_engine(experiments)

@@ -24,10 +24,10 @@ from fedjax_qp.experiment import (
     of_language_model,
     resolve,
     traced_settings,
-    with_lanes,
+    with_layout,
 )
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.lanes import choose_lanes
+from fedjax_qp.lanes import choose_layout
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import Outcome, continue_runs
 from fedjax_qp.run_folder import ENDED, begin_folder, make_folder
@@ -44,6 +44,9 @@ _FREE = (
     *("evaluation.target_accuracy", "evaluation.stop_at_target", "evaluation.patience"),
     *("checkpoints.every_chunks", "checkpoints.keep"),
 )
+
+
+_MEASURED = ("engine.lanes:", "engine.devices:", "engine.parallel:")  # by each run itself, where they are auto
 
 
 def groups(configs: Sequence[Config]) -> list[list[int]]:
@@ -158,16 +161,18 @@ def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> l
         return list(experiments)
     folders = [experiment.config.run_folder for experiment in experiments]
     remembered = [json.loads((folder / SHARED).read_text()) for folder in folders if (folder / SHARED).exists()]
-    wanted = {"runs": len(experiments), "lanes": remembered[0]["lanes"] if remembered else None}
+    wanted = {"runs": len(experiments), "lanes": None, "devices": None}
+    if remembered:
+        wanted |= {name: remembered[0].get(name) for name in ("lanes", "devices")}
     if len(remembered) < len(folders) or any(found != wanted for found in remembered):
-        choice = choose_lanes(experiments)
-        wanted["lanes"] = choice.lanes
+        choice = choose_layout(experiments)
+        wanted |= {"lanes": choice.lanes, "devices": choice.devices}
         sharing = f"{len(experiments)} runs in one program; " if len(experiments) > 1 else ""
         console.print(f"{sharing}{choice}")
         for folder in folders:
             choice.write(folder)
             (folder / SHARED).write_text(json.dumps(wanted))
-    return [with_lanes(experiment, wanted["lanes"]) for experiment in experiments]
+    return [with_layout(experiment, wanted["lanes"], wanted["devices"]) for experiment in experiments]
 
 
 def _begin(experiment: Experiment) -> FederatedState:
@@ -202,7 +207,7 @@ def _check_folders(configs: Sequence[Config]) -> None:
         if (folder / "config.yaml").exists():
             there = configuration.to_dict(resolve(configuration.load(folder / "config.yaml")))
             changed = configuration.differences(there, configuration.to_dict(config))
-            changed = [change for change in changed if not change.startswith(("engine.lanes:", "rounds:"))]
+            changed = [change for change in changed if not change.startswith((*_MEASURED, "rounds:"))]
             if changed:
                 raise ConfigurationError(
                     f"{folder} holds a run with other settings ({'; '.join(changed)}): choose another name or folder."

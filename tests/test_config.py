@@ -103,7 +103,7 @@ def test_numbers_are_kept_or_refused_by_name(key, value):
         (["algorithm.form=joint", "algorithm.max_drift=0.5"], "max_drift = 0.5 works with form nearest or box"),
         (["engine.lanes=5"], "engine.lanes = 5 is more than the 4 clients"),
         (["engine.devices=1000"], "engine.devices = 1000, but 8"),
-        (["engine.devices=2"], "engine.devices = 2 with engine.parallel = 'vmap'"),
+        (["engine.devices=2", "engine.parallel=vmap"], "engine.devices = 2 with engine.parallel = 'vmap'"),
         (["engine.devices=4", "engine.parallel=pmap"], "engine.lanes = 2 must be a multiple of engine.devices = 4"),
     ],
 )

@@ -6,36 +6,41 @@ import numpy as np
 import pytest
 from test_config import write
 
-from fedjax_qp import config, lanes
+from fedjax_qp import config, devices, lanes
 from fedjax_qp.engine import bytes_needed
-from fedjax_qp.experiment import build
-from fedjax_qp.lanes import LaneTimer, choose_lanes, memory_budget
+from fedjax_qp.experiment import build, with_layout
+from fedjax_qp.lanes import LaneTimer, choose_layout, memory_budget
 from fedjax_qp.registry import ConfigurationError
 
 
 def made(folder, *overrides):
-    return build(config.load(write(folder, algorithm="fedavg"), ["engine.lanes=auto", *overrides]))
+    return build(config.load(write(folder, algorithm="fedavg"), ["engine.lanes=auto", "engine.devices=1", *overrides]))
+
+
+def timer_of(experiment, lanes, devices=1):
+    return LaneTimer([with_layout(experiment, lanes, devices)])
 
 
 def test_a_number_of_lanes_that_exceeds_the_memory_is_not_run(tmp_path, monkeypatch):
     """The budget lies between what one lane and what two lanes take."""
     experiment = made(tmp_path)
-    one, two = (LaneTimer([experiment], count).bytes for count in (1, 2))
+    one, two = (timer_of(experiment, count).bytes for count in (1, 2))
     assert one < two
     ran = []
     measured = LaneTimer.__call__
     monkeypatch.setattr(LaneTimer, "__call__", lambda timer: ran.append(timer.lanes) or measured(timer))
     budget = (one + two) / 2 / 2**30
-    choice = choose_lanes([made(tmp_path, f"engine.memory_gigabytes={budget}")])
+    choice = choose_layout([made(tmp_path, f"engine.memory_gigabytes={budget}")])
     assert set(ran) == {1} and choice.lanes == 1
-    assert choice.too_large == {2: two} and choice.skipped == [3, 4]
+    (found,) = choice.too_large
+    assert (found.lanes, found.bytes, found.skipped) == (2, two, [3, 4])
     assert "not tried: 2, which takes" in str(choice) and "nor 3, 4" in str(choice)
     assert "engine.memory_gigabytes" in str(choice) and "1: " in str(choice)
 
 
 def test_too_little_memory_for_any_lane_is_an_error(tmp_path):
     with pytest.raises(ConfigurationError, match=r"1 lane\(s\).*take.*GiB of.*local.batch_size.*at least"):
-        choose_lanes([made(tmp_path, "engine.memory_gigabytes=0.0001")])
+        choose_layout([made(tmp_path, "engine.memory_gigabytes=0.0001")])
 
 
 def test_the_budget_is_the_devices(tmp_path, monkeypatch):
@@ -59,10 +64,47 @@ def test_the_bytes_of_a_program_are_counted_with_its_arguments():
 
 def test_a_runs_client_memories_count_though_the_trial_has_fewer(tmp_path):
     """Ditto keeps a model for each of the twelve clients; the trial has those of a cohort of four."""
-    experiment = build(config.load(write(tmp_path, algorithm="ditto"), ["engine.lanes=auto"]))
+    experiment = build(config.load(write(tmp_path, algorithm="ditto"), ["engine.lanes=auto", "engine.devices=1"]))
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     one = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
-    timer = LaneTimer([experiment], 1)
+    timer = timer_of(experiment, 1)
     beyond = timer.bytes - bytes_needed(timer.engine.compiled(timer.state, timer.plans[0]))
     members = experiment.config.participation.cohort
     np.testing.assert_allclose(beyond, (len(experiment.work.parts) - members) * one, rtol=0.05)
+
+
+def test_all_cores_or_one_device_whichever_is_faster(tmp_path, monkeypatch):
+    """The rounds are said to take as long as a trial has lanes for each device: two devices with a lane each then win."""
+    monkeypatch.setattr(devices, "cores", lambda: 2)
+    monkeypatch.setattr(LaneTimer, "__call__", lambda timer: timer.lanes / timer.devices)
+    experiment = made(tmp_path, "engine.devices=auto")
+    assert experiment.config.engine.devices == "auto"
+    choice = choose_layout([experiment])
+    assert {trial.devices for trial in choice.trials} == {1, 2} and (choice.lanes, choice.devices) == (2, 2)
+    assert "lanes: 2 on 2 devices" in str(choice)
+    chosen = with_layout(experiment, choice.lanes, choice.devices).config.engine
+    assert (chosen.parallel, chosen.devices, chosen.lanes) == ("shard_map", 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["engine.lanes=2"], ("vmap", 1)),
+        (["engine.lanes=auto", "engine.parallel=vmap"], ("vmap", 1)),
+        (["engine.lanes=2", "engine.devices=2"], ("shard_map", 2)),
+        (["engine.lanes=auto"], ("auto", "auto")),
+    ],
+)
+def test_what_is_not_measured_is_settled_at_once(tmp_path, settings, expected):
+    engine = devices.settle(config.load(write(tmp_path), settings)).engine
+    assert (engine.parallel, engine.devices) == expected
+
+
+def test_every_core_is_a_device_unless_the_environment_says_otherwise(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(devices.jax.config, "update", asked.__setitem__)
+    devices.share_out_cores()
+    assert asked == {}, "these tests say how many"
+    monkeypatch.delenv("XLA_FLAGS")
+    devices.share_out_cores()
+    assert asked == {"jax_num_cpu_devices": devices.cores()}

@@ -5,7 +5,6 @@ picks, except where its trials would take many minutes on a CPU and the workload
 exchange folder, so that further peers are compared with the same program.
 """
 
-import dataclasses
 import json
 import sys
 import time
@@ -17,33 +16,33 @@ import numpy as np
 from exchange import Block, Workload, serve
 
 from fedjax_qp import config as configuration
-from fedjax_qp.experiment import Experiment, build, environment, first_state, start_engine
+from fedjax_qp.experiment import Experiment, build, environment, first_state, start_engine, with_layout
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.lanes import choose_lanes
+from fedjax_qp.lanes import choose_layout
 from fedjax_qp.simulate import chunk_bounds, chunk_plan
 
 
-def pick_lanes(experiment: Experiment) -> tuple[int, dict[str, Any]]:
-    """The workload's number of lanes, or the one picked before, or `auto`'s; with what is known of the choice."""
-    given, kept = experiment.config.engine.lanes, Path(sys.argv[1]) / "lanes.json"
-    if given != "auto":
-        return given, {"lanes": given}
+def pick_layout(experiment: Experiment) -> dict[str, Any]:
+    """The workload's numbers of lanes and devices, or those picked before, or `auto`'s; with what is known of the choice."""
+    given, kept = experiment.config.engine, Path(sys.argv[1]) / "lanes.json"
+    if given.lanes != "auto":
+        return {"lanes": given.lanes, "devices": given.lane_devices}
     if not kept.exists():
         started = time.perf_counter()
-        choice = choose_lanes([experiment])
-        facts = {"lanes": choice.lanes, "trials": {trial.lanes: trial.round_seconds for trial in choice.trials}}
+        choice = choose_layout([experiment])
+        trials = [[trial.lanes, trial.devices, trial.round_seconds] for trial in choice.trials]
+        facts = {"lanes": choice.lanes, "devices": choice.devices, "trials": trials}
         kept.write_text(json.dumps({**facts, "trial_seconds": time.perf_counter() - started}))
-    facts = json.loads(kept.read_text())
-    return facts["lanes"], facts
+    return json.loads(kept.read_text())
 
 
 def prepare(workload: Workload) -> tuple[Any, dict[str, Any]]:
     experiment = build(configuration.from_dict(workload.settings["config"]))
-    lanes, facts = pick_lanes(experiment)
-    chosen = dataclasses.replace(experiment.config.engine, lanes=lanes)
-    experiment = experiment._replace(config=dataclasses.replace(experiment.config, engine=chosen))
+    facts = pick_layout(experiment)
+    lanes = facts["lanes"]
+    experiment = with_layout(experiment, lanes, facts["devices"])
     engine, first = start_engine(experiment), first_state(experiment)
-    bounds = chunk_bounds(0, workload.settings["rounds"], chosen.rounds_per_chunk)
+    bounds = chunk_bounds(0, workload.settings["rounds"], experiment.config.engine.rounds_per_chunk)
 
     def run_block() -> Block:
         state, plan, found = engine.place_state(first), chunk_plan(experiment, lanes, *bounds[0]), []
