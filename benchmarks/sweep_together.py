@@ -5,8 +5,9 @@
 
 FedQP with four learning rates and four α, three seeds each: 48 runs, first in one program (`together.run_together`, what
 `fedjax-qp sweep` does with them on one worker), then one after another (`run.run`, each in the same process, so that imports
-and reading count for nobody). Writes one row: wall seconds and compiled programs of both, and the worst relative difference
-between the records of a run and of the same run alone.
+and reading count for nobody). Both begin with an empty cache of programs and fill it. The lanes of the shared program are
+measured in its time; those of the runs alone are measured once beforehand, for nothing. Writes one row: wall seconds and
+compiled programs of both, and the worst relative difference between the records of a run and of the same run alone.
 """
 
 import argparse
@@ -14,15 +15,20 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from measure import write_rows
 from rich.console import Console
 
 from fedjax_qp import config as configuration
 from fedjax_qp import records
 from fedjax_qp.config import Config
+from fedjax_qp.devices import settle
+from fedjax_qp.experiment import build
+from fedjax_qp.lanes import choose_layout
 from fedjax_qp.run import run
 from fedjax_qp.together import groups, run_together
 
@@ -77,6 +83,24 @@ def worst_difference(first: Config, second: Config) -> float:
     return max(abs(a[name] - b[name]) / abs(b[name]) for a, b in pairs for name in ("train_loss", "test_loss"))
 
 
+def empty_cache(folder: Path) -> None:
+    """Programs compiled from now on are kept in this folder, as the command line keeps them in the user's."""
+    compilation_cache.reset_cache()
+    jax.clear_caches()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def with_measured_lanes(runs: Sequence[Config]) -> list[Config]:
+    """The configurations with the layout that is best for one of them alone."""
+    choice = choose_layout([build(runs[0])])
+    print(choice)
+    return [
+        settle(replace(config, engine=replace(config.engine, lanes=choice.lanes, devices=choice.devices)))
+        for config in runs
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*")
@@ -88,7 +112,10 @@ def main() -> None:
         shared = configs(Path(folder) / "together", arguments.overrides)
         single = configs(Path(folder) / "alone", arguments.overrides)
         chosen = range(0, len(single), max(1, len(single) // (arguments.alone or len(single))))
+        empty_cache(Path(folder) / "cache-together")
         together = measured(lambda: run_together(shared, quiet))
+        single = with_measured_lanes(single)
+        empty_cache(Path(folder) / "cache-alone")
         alone = measured(lambda: [run(single[index], quiet) for index in chosen])
         differences = [worst_difference(shared[index], single[index]) for index in chosen]
     row = {

@@ -14,10 +14,9 @@
 # # A first round by hand
 #
 # 1. one round of federated averaging, written out with the functions an algorithm is made of;
-# 2. the geometry of FedQP in a picture: FedMut's mutations, and what the quadratic program makes of them;
-# 3. a short run of three methods compared.
+# 2. a short run of three methods compared.
 #
-# Runs on a CPU in about two minutes, with data that is installed with the package.
+# Runs on a CPU in about a minute, with data that is installed with the package.
 
 # %%
 # %matplotlib inline
@@ -29,7 +28,7 @@ import numpy as np
 from IPython.display import display
 from matplotlib.figure import Figure
 
-from fedjax_qp import config, quadratic
+from fedjax_qp import config
 from fedjax_qp.data import print_table, summary
 from fedjax_qp.experiment import build, first_state
 from fedjax_qp.federated import Batch, Client, round_keys
@@ -86,47 +85,6 @@ difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), server.param
 worst = max(jax.tree.leaves(difference))
 print(f"largest difference of a parameter: {worst:.1e}")
 assert worst < 1e-4
-
-# %% [markdown]
-# ## FedQP's geometry
-#
-# With two layers a mutation has two coefficients, one for each layer's part of the last global update g; scaled by the
-# square roots of the layers' shares, lengths and angles in the picture are those in parameter space. FedMut draws ±α per
-# layer, so half of the mutants look away from g. The fan around g is where FedQP wants them; the one that looks straight
-# back is corrected to nothing by QP-1, which only ever moves along g.
-
-# %%
-shares = jnp.array([0.65, 0.35])
-alpha, margin = 2.0, 0.3
-signs = jnp.array([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
-scale = np.sqrt(np.asarray(shares))
-drawn = alpha * np.asarray(signs) * scale
-forms = {
-    "nearest (QP-1)": quadratic.nearest(signs, shares, alpha=alpha, margin=margin),
-    "box (QP-2)": quadratic.boxed(signs, shares, alpha=alpha, margin=margin),
-    "joint (QP-4), drift 0.7": quadratic.joint(signs, shares, alpha=alpha, margin=margin, drift=0.7),
-}
-
-figure = Figure(figsize=(12, 4.4), layout="constrained")
-for axes, (name, (coefficients, report)) in zip(figure.subplots(1, 3, sharey=True), forms.items(), strict=True):
-    corrected = np.asarray(coefficients) * scale
-    half_angle = np.arccos(margin)
-    centre = np.arctan2(scale[1], scale[0])
-    angles = np.linspace(centre - half_angle, centre + half_angle, 60)
-    axes.fill(np.r_[0, 2.6 * np.cos(angles)], np.r_[0, 2.6 * np.sin(angles)], color="#56B4E9", alpha=0.25, label="fan")
-    axes.annotate("", xy=scale, xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 2})
-    axes.annotate("g", xy=scale * 1.05)
-    for start, end in zip(drawn, corrected, strict=True):
-        axes.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": "#777777"})
-    axes.scatter(*drawn.T, marker="x", s=60, color="#D55E00", label="FedMut's mutants", zorder=3)
-    axes.scatter(*corrected.T, marker="o", s=45, color="#0072B2", label="corrected", zorder=3)
-    axes.scatter(*corrected.mean(0), marker="*", s=160, color="#009E73", label="their mean (drift)", zorder=4)
-    axes.set(title=name, xlabel="layer 1, scaled coefficient", aspect="equal", xlim=(-2.8, 2.8), ylim=(-2.8, 2.8))
-    inner = np.round(np.asarray(coefficients @ shares) / alpha, 2) + 0.0
-    print(f"{name}: inner products with g {inner} in units of α‖g‖², KKT residual {report.residual.max():.0e}")
-figure.axes[0].set_ylabel("layer 2, scaled coefficient")
-figure.axes[0].legend(loc="lower left", fontsize=8)
-display(figure)
 
 # %% [markdown]
 # ## A short run compared

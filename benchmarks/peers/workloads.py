@@ -82,7 +82,7 @@ def benchmarks(folder: Path, found: Sources) -> dict[str, Benchmark]:
                 "model": "simple_cnn",
                 "local": {"learning_rate": 0.03, "momentum": 0.0, "epochs": 1, "batch_size": 10},
                 "participation": {"cohort": 50},
-                "engine": {"rounds_per_chunk": 3, "lanes": 2},
+                "engine": {"rounds_per_chunk": 3, "lanes": 2, "devices": 2},
             },
         ),
         "w4": Benchmark(
@@ -104,7 +104,7 @@ def benchmarks(folder: Path, found: Sources) -> dict[str, Benchmark]:
                 **cifar10,
                 "model": {"name": "resnet18", "normalisation": "batch"},
                 "local": {"learning_rate": 0.01, "momentum": 0.9, "epochs": 1, "batch_size": 50, "maximum_steps": 3},
-                "engine": {"rounds_per_chunk": 1, "lanes": 1},
+                "engine": {"rounds_per_chunk": 1, "lanes": 2, "devices": 2},
             },
         ),
     }
