@@ -5,13 +5,14 @@ Question: how do the methods compare at equal budget on one task, with what spre
     python benchmarks/accuracy.py tune   --config configs/cifar10_lenet_0.1.yaml partition.path=…      seed 3, 20 rounds
     python benchmarks/accuracy.py main   --config configs/cifar10_lenet_0.1.yaml partition.path=…      seeds 0 1 2, 60 rounds
     python benchmarks/accuracy.py long   --config configs/cifar10_lenet_0.1.yaml partition.path=…      seed 0, 200 rounds
+    python benchmarks/accuracy.py baselines --config … partition.path=…       other papers' methods: seeds 0 1 2, 60 rounds
     python benchmarks/accuracy.py report --config …                                                    only the tables
 
-Every tuned method gets five settings on the seed that the comparison does not use; the setting with the best mean of the
-last five evaluations is taken. FedQP's fifth is the best of the first four with a margin of 0.25. The comparison adds the
-ablations of the best form of FedQP: FedMut's mutants shifted to the same mean, that mean alone, and FedAvgM with that drift
-as its momentum. A run that diverged is named in the report and counts in no mean. Finished runs are kept, interrupted ones
-are continued.
+Every tuned method gets five settings (clustered sampling has but four) on the seed that the comparison does not use; the
+setting with the best mean of the last five evaluations is taken. FedQP's fifth is the best of the first four with a margin of
+0.25. The comparison adds the ablations of the best form of FedQP: FedMut's mutants shifted to the same mean, that mean alone,
+and FedAvgM with that drift as its momentum. A run that diverged is named in the report and counts in no mean. Finished runs
+are kept, interrupted ones are continued.
 """
 
 import argparse
@@ -57,8 +58,31 @@ TUNE = {
         )
     ],
 }
+# The other papers' methods. SCAFFOLD and FedDyn are made for plain SGD, so their learning rate is among what is tuned.
+BASELINES = {
+    "scaffold": [
+        f"algorithm=scaffold local.momentum=0 local.learning_rate={rate} algorithm.server_learning_rate={server}"
+        for rate, server in ((0.02, 1), (0.05, 1), (0.1, 1), (0.2, 1), (0.1, 0.5))
+    ],
+    "feddyn": [
+        f"algorithm=feddyn local.momentum=0 local.learning_rate={rate} algorithm.alpha={alpha}"
+        for rate, alpha in ((0.05, 0.01), (0.1, 0.01), (0.05, 0.1), (0.1, 0.1), (0.1, 0.001))
+    ],
+    "fedsam": [
+        f"algorithm=fedsam algorithm.weighting=uniform algorithm.radius={r}" for r in (0.01, 0.02, 0.05, 0.1, 0.2)
+    ],
+    "moon": [f"algorithm=moon algorithm.weighting=uniform algorithm.contrastive={m}" for m in (0.1, 0.5, 1, 5, 10)],
+    "fedgen": [f"algorithm=fedgen algorithm.distillation={d}" for d in (0.1, 0.3, 1, 3, 10)],
+    "clustered-sampling": [
+        "algorithm=clustered_sampling algorithm.by=size",
+        *(
+            f"algorithm=clustered_sampling engine.rounds_per_chunk=1 algorithm.measure={measure}"
+            for measure in ("angle", "L2", "L1")
+        ),
+    ],
+}
 FIXED = {"fedavg-size": "algorithm=fedavg", "fedavg-uniform": "algorithm=fedavg algorithm.weighting=uniform"}
-PHASES = {"tune": ((3,), 20), "main": ((0, 1, 2), 60), "long": ((0,), 200)}
+PHASES = {"tune": ((3,), 20), "main": ((0, 1, 2), 60), "long": ((0,), 200), "baselines": ((0, 1, 2), 60)}
 TUNED_LAST, LAST = 5, 10
 
 
@@ -99,10 +123,15 @@ def configure(arguments: argparse.Namespace, phase: str, label: str, method: str
 
 
 def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
-    """Runs the settings of every tuned method; returns the best of each and keeps all scores in a file."""
-    chosen, scores = {}, []
-    for method, settings in TUNE.items():
-        if arguments.methods and method not in arguments.methods:
+    """Runs the settings of every tuned method; returns the best of each and keeps all scores in a file.
+
+    With `--methods` only those are tuned anew; of the others the file keeps what it has.
+    """
+    wanted = arguments.methods or [*TUNE, *BASELINES]
+    before = tuned(arguments)
+    chosen, scores = before["chosen"], [row for row in before["scores"] if row["method"] not in wanted]
+    for method, settings in {**TUNE, **BASELINES}.items():
+        if method not in wanted:
             continue
         folders = {
             setting: complete(configure(arguments, "tune", f"{method}{index}", setting, seed), console)
@@ -188,6 +217,12 @@ def _results(arguments: argparse.Namespace, phase: str) -> Path:
     return folder / f"{arguments.config.stem.replace('.', '_')}-{phase}"
 
 
+def tuned(arguments: argparse.Namespace) -> dict:
+    """What the tuning found so far."""
+    file = _results(arguments, "tune").with_suffix(".json")
+    return json.loads(file.read_text()) if file.exists() else {"chosen": {}, "scores": []}
+
+
 def write(arguments: argparse.Namespace, phase: str, content: dict) -> None:
     _results(arguments, phase).with_suffix(".json").write_text(json.dumps(content, indent=1))
 
@@ -207,8 +242,12 @@ def main() -> None:
     if arguments.phase == "tune":
         console.print(tune(arguments, console))
         return
-    tuned = json.loads(_results(arguments, "tune").with_suffix(".json").read_text())
-    methods = compared(tuned["chosen"], tuned["scores"])
+    found = tuned(arguments)
+    if arguments.phase == "baselines":
+        methods = {"fedavg-uniform": FIXED["fedavg-uniform"]}
+        methods |= {name: found["chosen"][name] for name in BASELINES if name in found["chosen"]}
+    else:
+        methods = compared(found["chosen"], found["scores"])
     if arguments.methods:
         methods = {label: methods[label] for label in arguments.methods}
     forms = [label for label in methods if label.startswith("fedqp-")]
