@@ -241,6 +241,7 @@ def start_engine(experiment: Experiment) -> Engine:
         devices=engine.lane_devices,
         model_devices=engine.model_devices,
         frozen_axes=experiment.task.frozen_axes,
+        data_store=engine.data_store,
     )
 
 
@@ -254,7 +255,7 @@ def start_shared_engine(experiments: Sequence[Experiment]) -> Engine:
         method(first.config, first.model),
         first.model,
         Data(task.frozen, task.train, task.test, task.personal),
-        Devices(engine.parallel, engine.lane_devices, engine.model_devices, task.frozen_axes),
+        Devices(engine.parallel, engine.lane_devices, engine.model_devices, task.frozen_axes, engine.data_store),
         Runs(
             differing_settings([experiment.config for experiment in experiments]),
             jax.numpy.stack([jax.random.key(experiment.config.seed) for experiment in experiments]),

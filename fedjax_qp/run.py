@@ -121,7 +121,7 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
 
 
 # Settings that do not touch what has already been computed.
-_MAY_CHANGE = ("rounds", "evaluation.", "checkpoints.", "tracking.", "engine.client_store")
+_MAY_CHANGE = ("rounds", "evaluation.", "checkpoints.", "tracking.", "engine.client_store", "engine.data_store")
 
 
 def _alone(experiment: Experiment, folder: Path, state: FederatedState, console: Console, startup: Startup) -> Outcome:

@@ -176,7 +176,11 @@ def small_plan(first_round: int, rounds: int, lanes: int, capacity: int = ROUNDS
 
 
 def small_engine(
-    algorithm: Algorithm, parallel: str = "vmap", devices: int = 1, federation: Federation | None = None
+    algorithm: Algorithm,
+    parallel: str = "vmap",
+    devices: int = 1,
+    federation: Federation | None = None,
+    data_store: str = "device",
 ) -> Engine:
     federation = federation or images()
     return make_engine(
@@ -189,6 +193,7 @@ def small_engine(
         seed=0,
         parallel=parallel,
         devices=devices,
+        data_store=data_store,
     )
 
 

@@ -8,7 +8,8 @@ pay for it. The number of steps and of rounds are dynamic trip counts: nothing i
 Several runs of one method may share a program: a lane then trains a client of any of them, server functions are vmapped
 over the runs, and uploads are summed by run (`make_shared_engine`). A run alone is the case of one.
 
-Several devices split the lanes; everything else is replicated, and the devices meet in one sum at the end of a round. Each
+Several devices split the lanes; everything else is replicated (the training examples only unless they stay on the host, see
+`examples`), and the devices meet in one sum at the end of a round. Each
 group of lanes may have several devices that share the frozen weights (see `layout`).
 """
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, PyTree
 
 from fedjax_qp.engine.chunk import Method, Runs, run_chunk, run_chunks
 from fedjax_qp.engine.evaluation import PersonalTests, TestSet
+from fedjax_qp.engine.examples import HostExamples
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.plan import Plan
 
@@ -27,9 +28,16 @@ class Engine(NamedTuple):
     """A compiled simulator. `place_…` puts host arrays where `run` wants them; `run` consumes the state it is given."""
 
     place_state: Callable[[FederatedState], FederatedState]
-    place_plan: Callable[[Plan], Plan]
-    run: Callable[[FederatedState, Plan], tuple[FederatedState, dict[str, Array]]]
-    compiled: Callable[[FederatedState, Plan], Compiled]  # what `run` would run; compiles it without running it
+    place_plan: Callable[[Plan], "PlacedPlan"]
+    run: Callable[[FederatedState, "PlacedPlan"], tuple[FederatedState, dict[str, Array]]]
+    compiled: Callable[[FederatedState, "PlacedPlan"], Compiled]  # what `run` would run; compiles it without running it
+
+
+class PlacedPlan(NamedTuple):
+    """A plan on the devices, with the training examples that it points into."""
+
+    plan: Plan
+    examples: PyTree
 
 
 def bytes_needed(compiled: Compiled) -> int:
@@ -48,6 +56,7 @@ class Program(NamedTuple):
     everywhere: NamedSharding
     by_lane: NamedSharding
     frozen: PyTree  # shardings, a prefix of the frozen tree
+    examples: NamedSharding
 
 
 class Data(NamedTuple):
@@ -66,6 +75,7 @@ class Devices(NamedTuple):
     devices: int = 1
     model_devices: int = 1
     frozen_axes: PyTree = None
+    data_store: str = "device"
 
 
 def make_program(
@@ -82,7 +92,7 @@ def make_program(
 
 
 def _program(chunk: Callable, layout: Devices) -> Program:
-    parallel, devices, model_devices, frozen_axes = layout
+    parallel, devices, model_devices, frozen_axes, data_store = layout
     sizes = (devices, model_devices) if model_devices > 1 else (devices,)
     names = (AXIS, MODEL_AXIS)[: len(sizes)]
     grid = np.array(jax.devices()[: devices * model_devices]).reshape(sizes)
@@ -90,22 +100,24 @@ def _program(chunk: Callable, layout: Devices) -> Program:
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
     chunk = partial(chunk, None if parallel == "vmap" else AXIS)
     whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
+    on_host = data_store == "host"
+    of_examples = split if on_host else everywhere
     if parallel == "pmap":
         if model_devices > 1:
             raise ValueError(f"pmap has one axis of devices, so it cannot use model_devices = {model_devices}")
         program = jax.pmap(
             chunk,
             AXIS,
-            in_axes=(None,) * 5 + (_for_lanes(0, None), None),
+            in_axes=(None, None, 0 if on_host else None, None, None, _for_lanes(0, None), None),
             out_axes=None,
             devices=list(mesh.devices.flat),
         )
-        return Program(program, everywhere, split, everywhere)
+        return Program(program, everywhere, split, everywhere, of_examples)
     if parallel == "shard_map":
         chunk = jax.shard_map(
             chunk,
             mesh=mesh,
-            in_specs=(whole,) * 5 + (_for_lanes(by_lane, whole), whole),
+            in_specs=(whole, whole, by_lane if on_host else whole, whole, whole, _for_lanes(by_lane, whole), whole),
             out_specs=whole,
             axis_names={AXIS},
             check_vma=False,
@@ -118,7 +130,7 @@ def _program(chunk: Callable, layout: Devices) -> Program:
 
     shared_out = model_devices > 1 and frozen_axes is not None
     frozen = jax.tree.map(of_weights, frozen_axes, is_leaf=lambda axis: axis is None) if shared_out else everywhere
-    return Program(program, everywhere, split, frozen)
+    return Program(program, everywhere, split, frozen, of_examples)
 
 
 def make_engine(
@@ -134,11 +146,12 @@ def make_engine(
     devices: int = 1,
     model_devices: int = 1,
     frozen_axes: PyTree = None,
+    data_store: str = "device",
 ) -> Engine:
     """Compiles nothing yet; the first `run` does, once for the whole run.
 
     Args:
-      train: training examples, arrays [N, ...]; they go to the device once, in their own dtype (uint8 images stay so).
+      train: training examples, arrays [N, ...]; they go to every device once, in their own dtype (uint8 images stay so).
       personal: each client's own test examples, where there are any.
       parallel: "vmap" (one device for all lanes), "shard_map" or "pmap" (lanes split over `devices`; the number of lanes
         must be a multiple of it).
@@ -146,12 +159,11 @@ def make_engine(
         `devices` · `model_devices` are used.
       frozen_axes: for each frozen array the axis that is split over `model_devices`, or None for one that each device
         holds; None alone: all of them.
+      data_store: "host" leaves the training examples there, and sends each device those of its lanes, plan by plan.
     """
-    program = make_program(
-        algorithm, model, parallel=parallel, devices=devices, model_devices=model_devices, frozen_axes=frozen_axes
-    )
-    data = Data(frozen, train, test, personal)
-    return _engine(program, data, jax.random.key(seed), pmapped=devices if parallel == "pmap" else None)
+    layout = Devices(parallel, devices, model_devices, frozen_axes, data_store)
+    program = _program(partial(run_chunk, algorithm, model), layout)
+    return _engine(program, Data(frozen, train, test, personal), jax.random.key(seed), layout)
 
 
 def make_shared_engine(method: Method, model: Model, data: Data, layout: Devices, runs: Runs) -> Engine:
@@ -162,30 +174,36 @@ def make_shared_engine(method: Method, model: Model, data: Data, layout: Devices
       data: the same for all runs.
       runs: the settings that differ, and every run's key, `jax.random.key(seed)`.
     """
-    program = _program(partial(run_chunks, method, model), layout)
-    return _engine(program, data, runs, pmapped=layout.devices if layout.parallel == "pmap" else None)
+    return _engine(_program(partial(run_chunks, method, model), layout), data, runs, layout)
 
 
-def _engine(program: Program, data: Data, last: PyTree, pmapped: int | None) -> Engine:
-    """Args: last: the program's last argument; pmapped: devices, where the program wants lanes with an axis for them."""
+def _engine(program: Program, data: Data, last: PyTree, layout: Devices) -> Engine:
+    """Args: last: the program's last argument."""
     everywhere = program.everywhere
+    frozen = _place(data.frozen, program.frozen)
+    test, personal, last = _place((data.test, data.personal, last), everywhere)
+    host = HostExamples(data.train, layout.devices) if layout.data_store == "host" else None
+    resident = None if host is not None else _place(data.train, everywhere)
 
-    def place_plan(plan: Plan) -> Plan:
-        by_lane = (plan.lanes, plan.preparations)
-        if pmapped is not None:
-            by_lane = jax.tree.map(partial(_with_devices, pmapped), by_lane)
-        lanes, preparations = _place(by_lane, program.by_lane)
+    def by_device(tree: PyTree) -> PyTree:
+        return jax.tree.map(partial(_with_devices, layout.devices), tree) if layout.parallel == "pmap" else tree
+
+    def place_plan(plan: Plan) -> PlacedPlan:
+        plan, examples = (plan, resident) if host is None else host.take(plan)
+        lanes, preparations = _place(by_device((plan.lanes, plan.preparations)), program.by_lane)
         common = _place(plan._replace(lanes=(), preparations=()), everywhere)
-        return common._replace(lanes=lanes, preparations=preparations)
+        if host is not None:
+            examples = _place(by_device(examples), program.examples)
+        return PlacedPlan(common._replace(lanes=lanes, preparations=preparations), examples)
 
-    fixed = (_place(data.frozen, program.frozen), *_place(data[1:], everywhere))
-    last = _place(last, everywhere)
+    def arguments(state: FederatedState, placed: PlacedPlan) -> tuple:
+        return state, frozen, placed.examples, test, personal, placed.plan, last
 
-    def run(state: FederatedState, plan: Plan) -> tuple[FederatedState, dict[str, Array]]:
-        return program.call(state, *fixed, plan, last)
+    def run(state: FederatedState, placed: PlacedPlan) -> tuple[FederatedState, dict[str, Array]]:
+        return program.call(*arguments(state, placed))
 
-    def compiled(state: FederatedState, plan: Plan) -> Compiled:
-        return program.call.lower(state, *fixed, plan, last).compile()  # type: ignore[attr-defined]
+    def compiled(state: FederatedState, placed: PlacedPlan) -> Compiled:
+        return program.call.lower(*arguments(state, placed)).compile()  # type: ignore[attr-defined]
 
     return Engine(lambda state: _place(state, everywhere), place_plan, run, compiled)
 
