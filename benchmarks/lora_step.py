@@ -36,7 +36,7 @@ def tokens_of(language: AdaptedModel, clients: int, batch: int, length: int) -> 
     tokens = np.random.default_rng(0).integers(5, language.config.vocabulary, shape).astype(np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), shape)
     sequences = Sequences(tokens, np.ones(shape, np.int32), positions, positions > 0)
-    return jax.device_put(Batch(sequences, np.ones(shape[:2], bool)))
+    return jax.device_put(Batch(sequences, jnp.ones(shape[:2], bool)))
 
 
 class Step:
@@ -61,7 +61,9 @@ class Step:
             return jax.vmap(partial(training.step, frozen), in_axes=(0, 0, None))(state, batches, None)
 
         self.program = jax.jit(step).lower(self.frozen, self.state, self.batches).compile()
-        self.temporary = self.program.memory_analysis().temp_size_in_bytes
+        found = self.program.memory_analysis()
+        assert found is not None
+        self.temporary = found.temp_size_in_bytes
         self()
 
     def __call__(self) -> None:

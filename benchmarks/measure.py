@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -25,11 +25,11 @@ class TimedRounds:
 
     def __init__(self, experiment: Experiment, lanes: int, rounds: int):
         self.engine: Engine = start_engine(experiment)
-        self.plans: list[Plan] = [self._plan(experiment, lanes, round) for round in range(rounds)]
-        self.steps = sum(int(np.max(plan.lanes.steps)) for plan in self.plans)
-        self.client_steps = sum(int(np.sum(plan.lanes.steps)) for plan in self.plans)
-        self.longest = sum(int(np.max(plan.cohorts.steps)) for plan in self.plans)
-        self.plans = [self.engine.place_plan(plan) for plan in self.plans]
+        plans = [self._plan(experiment, lanes, round) for round in range(rounds)]
+        self.steps = sum(int(np.max(plan.lanes.steps)) for plan in plans)
+        self.client_steps = sum(int(np.sum(plan.lanes.steps)) for plan in plans)
+        self.longest = sum(int(np.max(plan.cohorts.steps)) for plan in plans)
+        self.plans = [self.engine.place_plan(plan) for plan in plans]
         self.state = self.engine.place_state(first_state(experiment))
         started = time.perf_counter()
         self()  # also gives mutating methods an update to mutate along
@@ -91,7 +91,7 @@ def answer_requests(config: Config) -> None:
     program = {
         "temporary_bytes": found.temp_size_in_bytes,
         "argument_bytes": found.argument_size_in_bytes,
-        "client_steps": int(plan.lanes.steps.sum()),
+        "client_steps": int(plan.plan.lanes.steps.sum()),
     }
     print(json.dumps(program), flush=True)
     for _ in sys.stdin:
@@ -101,7 +101,7 @@ def answer_requests(config: Config) -> None:
     print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024), flush=True)
 
 
-def in_turn(candidates: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def in_turn(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of every candidate, measured A B C A B C …, so that a slow minute hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):

@@ -66,9 +66,9 @@ def measured(work: Callable[[], object]) -> dict[str, float]:
     """Seconds of a piece of work, and how many programs XLA compiled in it."""
     compiled: list[float] = []
 
-    def note(event: str, duration: float, **_: object) -> None:
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
         if event == COMPILED:
-            compiled.append(duration)
+            compiled.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     started = time.perf_counter()

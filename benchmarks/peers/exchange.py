@@ -82,7 +82,7 @@ def write(folder: Path, workload: Workload, batch_size: int) -> None:
         batches=batches,
         batch_offsets=batch_offsets,
     )
-    np.savez(folder / "initial.npz", **workload.initial)
+    np.savez(folder / "initial.npz", allow_pickle=False, **workload.initial)
 
 
 def read(folder: Path) -> Workload:
