@@ -79,7 +79,7 @@ display(figure)
 # %% [markdown]
 # ## Real mutants
 #
-# FedMut and three forms of FedQP on handwritten digits, fifteen clients, Dirichlet β = 0.1. The instrument draws cohorts of
+# FedMut and two forms of FedQP on handwritten digits, fifteen clients, Dirichlet β = 0.1. The instrument draws cohorts of
 # mutations from a checkpoint, as the next round would, and measures the angle between each mutant's offset and g.
 
 # %%
@@ -96,7 +96,6 @@ settings = {
 methods = {
     "FedMut": {"name": "fedmut", "alpha": 1.0},
     "nearest": {"name": "fedqp", "form": "nearest", "alpha": 1.0},
-    "box": {"name": "fedqp", "form": "box", "alpha": 1.0},
     "joint": {"name": "fedqp", "form": "joint", "alpha": 1.0, "drift": 0.5},
 }
 quiet = Console(quiet=True)
@@ -119,7 +118,7 @@ Console(width=130).print(side_by_side(inspected))
 # %%
 figure = Figure(figsize=(7, 3.8), layout="constrained")
 axes = figure.subplots()
-for (name, path), style in zip(runs.items(), ("-", "--", "-.", ":"), strict=True):
+for (name, path), style in zip(runs.items(), ("-", "--", "-."), strict=True):
     lines = [line for line in records.read(path) if line.get("mutation/drift") is not None]
     axes.plot([line["round"] for line in lines], [line["mutation/drift"] for line in lines], style, label=name)
     print(f"{name:8s} mean drift {np.mean([line['mutation/drift'] for line in lines[1:]]):+.2f}")

@@ -18,7 +18,7 @@
 # trains a small language model on real instructions first, then looks at what the clients choose.
 #
 # 1. a small Llama, trained on one half of the Alpaca demo records;
-# 2. PerFIT on the other half: four clients with one kind of task each, more or less;
+# 2. PerFIT on the other half: four clients with four kinds of task each;
 # 3. the masks: where the entries go, and how much two clients share.
 #
 # Runs on a CPU in about three minutes; pip fetches the records once. The model has half a million parameters and knows next
@@ -81,7 +81,7 @@ settings = {
     "name": "masks",
     "rounds": 4,
     "data": {"name": "records", "files": str(folder / "clients.json")},
-    "partition": {"name": "categories", "clients": 4, "categories_per_client": 2},
+    "partition": {"name": "categories", "clients": 4, "categories_per_client": 4},
     "model": {
         "name": "pretrained",
         "path": str(folder / "model"),
@@ -89,9 +89,9 @@ settings = {
         "alpha": 8,
         "targets": ["q_proj", "v_proj"],
     },
-    "algorithm": {"name": "perfit", "expansion": 2, "prunings": 2, "warm_up": 8},
-    "text": {"template": "short", "cut_off": 96, "longer": "cut", "train_records": 48, "test_records": 16},
-    "local": {"optimizer": "adamw", "learning_rate": 0.003, "epochs": 2, "batch_size": 4},
+    "algorithm": {"name": "perfit", "expansion": 2, "prunings": 2, "warm_up": 4},
+    "text": {"template": "short", "cut_off": 96, "longer": "cut", "train_records": 40, "test_records": 8},
+    "local": {"optimizer": "adamw", "learning_rate": 0.003, "epochs": 3, "batch_size": 2},
     "participation": {"cohort": 4},
     "engine": {"lanes": 2, "rounds_per_chunk": 4},
 }
@@ -127,7 +127,7 @@ print(f"loss of the base: {np.mean(losses[:5]):.2f} → {np.mean(losses[-20:]):.
 # %% [markdown]
 # ## PerFIT
 #
-# The clients hold the other half, sorted by kind of task. The first round searches: eight warm-up steps on the expanded
+# The clients hold the other half, sorted by kind of task. The first round searches: four warm-up steps on the expanded
 # module (rank 8), then two prunings down to the number of entries of rank 4.
 
 # %%

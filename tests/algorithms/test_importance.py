@@ -1,5 +1,6 @@
 """Laws of PerFIT's pruning: exact numbers, ties by index, a schedule that ends where it should."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,20 +16,20 @@ ADAPTERS = {
 
 
 @settings(max_examples=50, deadline=None)
-@given(data=st.data(), size=st.integers(1, 12))
+@given(data=st.data(), size=st.sampled_from([1, 5, 12]))  # each compiles
 def test_exactly_so_many_are_kept_and_ties_go_by_index(data, size):
     """Scores from three values only, so that most are tied; what was pruned before never comes back."""
     scores = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=size, max_size=size)), np.float32)
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
     count = data.draw(st.integers(0, int(mask.sum())))
-    kept = np.asarray(keep_top(jnp.array(scores), jnp.array(mask), jnp.int32(count)))
+    kept = np.asarray(jax.jit(keep_top)(jnp.array(scores), jnp.array(mask), jnp.int32(count)))
     expected = np.zeros(size, bool)
     expected[sorted(np.flatnonzero(mask), key=lambda p: (-scores[p], p))[:count]] = True
     np.testing.assert_array_equal(kept, expected)
 
 
 @settings(max_examples=50, deadline=None)
-@given(total=st.integers(1, 10**7), share=st.floats(0, 1), prunings=st.integers(1, 8))
+@given(total=st.integers(1, 10**7), share=st.floats(0, 1), prunings=st.sampled_from([1, 2, 8]))
 def test_the_schedule_falls_and_ends_exactly_at_the_budget(total, share, prunings):
     budget = max(1, int(share * total))
     counts = np.asarray(schedule(total, jnp.int32(budget), prunings), np.int64)

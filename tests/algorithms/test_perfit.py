@@ -84,7 +84,7 @@ def report(algorithm, server, client: int, theta, mask, size: float):
     return algorithm.finish(shared, jax.tree.map(lambda leaf: leaf[0], own), carry, memory, facts)[0]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), grouped=st.booleans(), density=st.sampled_from([0.1, 0.5, 1.0]))
 def test_positions_are_averaged_over_their_owners(seed, grouped, density):
     """Against a loop over positions; what nobody owns keeps its old value; groups do not mix."""
