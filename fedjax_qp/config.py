@@ -78,9 +78,7 @@ class Engine:
     memory_gigabytes: Positive | None = None  # that auto may plan with on each device; null = 80 % of what there is
     rounds_per_chunk: Count = 10  # rounds in one program; also the distance of checkpoints
     client_store: Literal["device", "host"] = "device"  # of the clients' memories
-    data_store: Literal["device", "host"] = (
-        "device"  # of the training examples; host: each device gets those of its lanes
-    )
+    data_store: Literal["device", "host"] = "device"  # of the training examples; host: devices get those of their lanes
 
     @property
     def lane_devices(self) -> int:

@@ -10,16 +10,19 @@ import os
 import jax
 import psutil
 
-from fedjax_qp.config import Config
+from fedjax_qp.config import Config, Engine
 from fedjax_qp.models import language_models
 from fedjax_qp.registry import ConfigurationError
 
 
 def cores() -> int:
-    """Processor cores that this process may use; two threads of a core are one."""
+    """Processor cores that this process may use; two threads of a core are one.
+
+    PJRT_NPROC, which says how many threads XLA may have (a sweep's workers are given their share), counts too.
+    """
     physical = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
+    return max(1, min(physical, allowed, int(os.environ.get("PJRT_NPROC", physical))))
 
 
 def share_out_cores() -> None:
@@ -45,12 +48,11 @@ def settle(config: Config) -> Config:
     return dataclasses.replace(config, engine=dataclasses.replace(engine, parallel=parallel, devices=devices))
 
 
-def choices(config: Config) -> list[int]:
-    """Numbers of devices to choose from; of settled settings."""
-    engine = config.engine
+def choices(engine: Engine, clients: int) -> list[int]:
+    """Numbers of devices to choose from for so many clients of a round; of settled settings."""
     if engine.devices != "auto":
         return [engine.devices]
-    available = min(jax.device_count(), config.participation.cohort)
+    available = min(jax.device_count(), clients)
     if jax.default_backend() == "cpu":
         available = min(available, cores())
     return [available, 1] if available > 1 else [1]

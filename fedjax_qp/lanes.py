@@ -139,10 +139,11 @@ def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
       ConfigurationError: not even the fewest lanes fit the memory.
     """
     config = experiments[0].config
+    clients = len(experiments) * config.participation.cohort
     trials: list[LaneTrial] = []
     too_large: list[TooLarge] = []
-    for devices in choices(config):
-        numbers = candidates(len(experiments) * config.participation.cohort, devices)
+    for devices in choices(config.engine, clients):
+        numbers = candidates(clients, devices)
         budget = memory_budget(with_layout(experiments[0], numbers[0], devices).config.engine)
         budget = budget._replace(bytes=int(processes.of_first(budget.bytes)))
         for place, lanes in enumerate(numbers):

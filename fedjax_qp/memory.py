@@ -22,7 +22,7 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config
 from fedjax_qp.data.sequences import Sequences
 from fedjax_qp.devices import check_devices, settle
-from fedjax_qp.engine import PersonalTests, Program, TestSet, make_program
+from fedjax_qp.engine import Devices, PersonalTests, Program, TestSet, make_program
 from fedjax_qp.experiment import local_optimizer, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.models import gguf, language_models, lora
@@ -102,14 +102,13 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         model, optimizer=local_optimizer(config.local), **config.algorithm.options
     )
     engine = config.engine
-    program = make_program(
-        algorithm,
-        model,
-        parallel="vmap" if engine.parallel == "vmap" else "shard_map",
-        devices=engine.lane_devices,
-        model_devices=engine.model_devices,
-        frozen_axes=split_axes(base, engine.model_devices),
+    layout = Devices(
+        "vmap" if engine.parallel == "vmap" else "shard_map",
+        engine.lane_devices,
+        engine.model_devices,
+        split_axes(base, engine.model_devices),
     )
+    program = make_program(algorithm, model, layout)
     lanes = _lanes(config)
     arguments = _arguments(config, base, model, algorithm, program, lanes, clients, sequences_per_client)
     started = time.perf_counter()

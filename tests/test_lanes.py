@@ -108,3 +108,18 @@ def test_every_core_is_a_device_unless_the_environment_says_otherwise(monkeypatc
     monkeypatch.delenv("XLA_FLAGS")
     devices.share_out_cores()
     assert asked == {"jax_num_cpu_devices": devices.cores()}
+
+
+def test_a_process_that_was_given_few_threads_has_few_cores(monkeypatch):
+    monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 4)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process: range(4), raising=False)
+    assert devices.cores() == 4
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    assert devices.cores() == 2
+
+
+def test_as_many_devices_as_clients_of_all_runs(monkeypatch):
+    monkeypatch.setattr(devices, "cores", lambda: 8)
+    assert devices.choices(config.Engine(), 4) == [4, 1]
+    assert devices.choices(config.Engine(), 3 * 4) == [8, 1]
+    assert devices.choices(config.Engine(devices=2), 4) == [2]

@@ -13,7 +13,7 @@ from small_language import SIZES, personal_tests, sequences_of, training_set
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
-from fedjax_qp.engine import cut_test_set, make_engine, make_program
+from fedjax_qp.engine import Devices, cut_test_set, make_engine, make_program
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import init_state
 from fedjax_qp.models.language import language_model
@@ -128,7 +128,7 @@ def test_what_does_not_divide_evenly_is_whole_everywhere():
 def test_each_device_holds_its_share_of_the_weights():
     model, algorithm, _ = parts()
     axes = split_axes(BASE, 4)
-    program = make_program(algorithm, model, parallel="shard_map", devices=2, model_devices=4, frozen_axes=axes)
+    program = make_program(algorithm, model, Devices("shard_map", 2, 4, axes))
     placed = jax.device_put(parts()[2], program.frozen)
     for path, shape in ((("blocks", "q_proj", "kernel"), (2, 16, 4)), (("blocks", "down_proj", "kernel"), (2, 6, 16))):
         leaf = placed
@@ -163,4 +163,4 @@ def test_a_model_without_frozen_weights_has_nothing_to_share():
         build(config.from_dict({**settings, "engine": {"model_devices": 2}}))
     model, algorithm, _ = parts()
     with pytest.raises(ValueError, match="pmap has one axis"):
-        make_program(algorithm, model, parallel="pmap", model_devices=2)
+        make_program(algorithm, model, Devices("pmap", model_devices=2))

@@ -56,7 +56,6 @@ class Program(NamedTuple):
     everywhere: NamedSharding
     by_lane: NamedSharding
     frozen: PyTree  # shardings, a prefix of the frozen tree
-    examples: NamedSharding
 
 
 class Data(NamedTuple):
@@ -78,17 +77,9 @@ class Devices(NamedTuple):
     data_store: str = "device"
 
 
-def make_program(
-    algorithm: Algorithm,
-    model: Model,
-    *,
-    parallel: str = "vmap",
-    devices: int = 1,
-    model_devices: int = 1,
-    frozen_axes: PyTree = None,
-) -> Program:
-    """Lays the program of a chunk out on devices; the arguments are those of `make_engine`."""
-    return _program(partial(run_chunk, algorithm, model), Devices(parallel, devices, model_devices, frozen_axes))
+def make_program(algorithm: Algorithm, model: Model, layout: Devices) -> Program:
+    """Lays the program of a chunk out on devices."""
+    return _program(partial(run_chunk, algorithm, model), layout)
 
 
 def _program(chunk: Callable, layout: Devices) -> Program:
@@ -100,8 +91,7 @@ def _program(chunk: Callable, layout: Devices) -> Program:
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
     chunk = partial(chunk, None if parallel == "vmap" else AXIS)
     whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
-    on_host = data_store == "host"
-    of_examples = split if on_host else everywhere
+    on_host = data_store == "host"  # the examples then come by lane, as the plan does
     if parallel == "pmap":
         if model_devices > 1:
             raise ValueError(f"pmap has one axis of devices, so it cannot use model_devices = {model_devices}")
@@ -112,7 +102,7 @@ def _program(chunk: Callable, layout: Devices) -> Program:
             out_axes=None,
             devices=list(mesh.devices.flat),
         )
-        return Program(program, everywhere, split, everywhere, of_examples)
+        return Program(program, everywhere, split, everywhere)
     if parallel == "shard_map":
         chunk = jax.shard_map(
             chunk,
@@ -130,7 +120,7 @@ def _program(chunk: Callable, layout: Devices) -> Program:
 
     shared_out = model_devices > 1 and frozen_axes is not None
     frozen = jax.tree.map(of_weights, frozen_axes, is_leaf=lambda axis: axis is None) if shared_out else everywhere
-    return Program(program, everywhere, split, frozen, of_examples)
+    return Program(program, everywhere, split, frozen)
 
 
 def make_engine(
@@ -162,7 +152,7 @@ def make_engine(
       data_store: "host" leaves the training examples there, and sends each device those of its lanes, plan by plan.
     """
     layout = Devices(parallel, devices, model_devices, frozen_axes, data_store)
-    program = _program(partial(run_chunk, algorithm, model), layout)
+    program = make_program(algorithm, model, layout)
     return _engine(program, Data(frozen, train, test, personal), jax.random.key(seed), layout)
 
 
@@ -193,7 +183,7 @@ def _engine(program: Program, data: Data, last: PyTree, layout: Devices) -> Engi
         lanes, preparations = _place(by_device((plan.lanes, plan.preparations)), program.by_lane)
         common = _place(plan._replace(lanes=(), preparations=()), everywhere)
         if host is not None:
-            examples = _place(by_device(examples), program.examples)
+            examples = _place(by_device(examples), program.by_lane)
         return PlacedPlan(common._replace(lanes=lanes, preparations=preparations), examples)
 
     def arguments(state: FederatedState, placed: PlacedPlan) -> tuple:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import dask.config
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, wait
 
+from fedjax_qp.devices import cores
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.space import Sweep
 from fedjax_qp.sweep.tasks import Task, execute, mark_failed, split
@@ -59,17 +60,16 @@ def machine(platforms: str) -> Machine:
     Args:
       platforms: the workers' JAX_PLATFORMS; empty for JAX's own choice.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if platforms and not any(name in platforms for name in ("cuda", "gpu")):
-        return Machine(cores, ())
+        return Machine(cores(), ())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return Machine(cores, tuple(name for name in visible.split(",") if name))
+        return Machine(cores(), tuple(name for name in visible.split(",") if name))
     try:
         found = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return Machine(cores, ())
-    return Machine(cores, tuple(str(number) for number in range(len(found.stdout.splitlines()))))
+        return Machine(cores(), ())
+    return Machine(cores(), tuple(str(number) for number in range(len(found.stdout.splitlines()))))
 
 
 def default_workers(here: Machine) -> int:
