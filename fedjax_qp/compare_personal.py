@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+from rich import box
 from rich.table import Table
 
 from fedjax_qp.compare import Method, Run, Spread, methods, spread
@@ -52,9 +53,10 @@ def personal_summary(runs: Iterable[Run], *, baseline: str | None = None) -> lis
 
 def personal_table(rows: Iterable[PersonalRow]) -> Table:
     """For the terminal."""
-    table = Table(title="Perplexity, mean over clients (± over seeds)", title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
+    title = "Perplexity, mean over clients (± over seeds)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in COLUMNS:  # in a narrow terminal words are broken, and no figure is left out
+        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for row in rows:
         table.add_row(*personal_cells(row))
     return table

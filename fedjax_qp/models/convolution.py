@@ -29,10 +29,12 @@ from fedjax_qp.models.winograd import TILES, join_tiles, winograd_tiles
 Form = Literal["auto", "lax", "patches", "toeplitz", "winograd"]
 Padding = Literal["SAME", "VALID"] | int
 
-# With at most so many channels the inputs are taken for images: larger tiles pay, and they come straight from the data.
+# With at most so many channels the inputs are taken for images, which come straight from the data.
 IMAGE_CHANNELS = 4
 # With more channels multiplying dominates.
 TOEPLITZ_CHANNELS = 16
+# Side of an output tile. Larger ones copy less, but multiply with more zeros; 4 is slower on every layer measured.
+TOEPLITZ_TILE = 2
 
 
 def convolution(
@@ -67,7 +69,7 @@ def convolution(
         return join_tiles(winograd_tiles(inputs, kernel, (height, width)))[:, :height, :width]
     if form == "patches":
         return _by_patches(inputs, kernel, stride, (height, width))
-    tile = toeplitz_tile(kernel.shape)
+    tile = TOEPLITZ_TILE
     tiles = ceil(height / tile), ceil(width / tile)
     outputs = _banded_matrix(kernel, tile) @ _gather_patches(inputs, kernel.shape, tile, tiles)
     return _from_tiles(outputs, tile, tiles)[:, :height, :width]
@@ -116,7 +118,7 @@ def _pooled_tiles(tiles: Float[Array, "t t B rows columns O"]) -> Float[Array, "
 
 
 def _toeplitz_relu_pool(inputs: Array, kernel: Array, bias: Array, pooled: tuple[int, int]) -> Float[Array, "B h w O"]:
-    tile, channels = toeplitz_tile(kernel.shape), kernel.shape[3]
+    tile, channels = TOEPLITZ_TILE, kernel.shape[3]
     half = tile // 2
     tiles = ceil(pooled[0] / half), ceil(pooled[1] / half)
     matrix = _banded_matrix(kernel, tile).reshape(half, 2, half, 2, channels, -1)
@@ -124,7 +126,7 @@ def _toeplitz_relu_pool(inputs: Array, kernel: Array, bias: Array, pooled: tuple
     outputs = matrix @ _gather_patches(inputs, kernel.shape, tile, tiles)
     outputs = max_of_windows(outputs.reshape(4, half * half * channels, -1))
     outputs = jax.nn.relu(outputs + jnp.tile(bias, half * half)[:, None])
-    return _from_tiles(outputs, half, tiles)
+    return _batch_last_gradient(_from_tiles(outputs, half, tiles))
 
 
 def resolve_form(form: Form, kernel: tuple[int, ...]) -> Form:
@@ -144,21 +146,12 @@ def _possible(form: Form, kernel: tuple[int, ...], outputs: tuple[int, int], str
     """The form that computes a layer."""
     form = resolve_form(form, kernel)
     if form == "toeplitz":
-        possible = max(kernel[:2]) > 1 and min(outputs) >= toeplitz_tile(kernel)
+        possible = max(kernel[:2]) > 1 and min(outputs) >= TOEPLITZ_TILE
     elif form == "winograd":
         possible = kernel[0] == kernel[1] and kernel[0] in TILES and min(outputs) >= TILES[kernel[0]]
     else:
         return form
     return form if possible and stride == 1 else "patches"
-
-
-def toeplitz_tile(kernel: tuple[int, ...]) -> int:
-    """Returns the side of an output tile: large where there are few channels.
-
-    Args:
-      kernel: shape [kh, kw, C, O].
-    """
-    return 4 if max(kernel[:2]) > 3 and kernel[2] <= IMAGE_CHANNELS else 2
 
 
 def _pad(inputs: Array, kernel: tuple[int, ...], stride: int, padding: Padding) -> tuple[Array, tuple[int, int]]:
@@ -212,6 +205,19 @@ def _transposed_by_product(inputs: Float[Array, "B H W C"]) -> Float[Array, "B H
     batch = inputs.shape[0]
     transposed = jnp.matmul(inputs.reshape(batch, -1).T, jnp.eye(batch, dtype=inputs.dtype))
     return transposed.T.reshape(inputs.shape)
+
+
+@jax.custom_vjp
+def _batch_last_gradient(outputs: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """The outputs unchanged; their gradient is transposed once, and not in each of its readers."""
+    return outputs
+
+
+def _batch_last_backward(residuals: None, gradient: Float[Array, "B H W C"]) -> tuple[Array]:
+    return (_transposed_by_product(gradient) if jax.default_backend() == "cpu" else gradient,)
+
+
+_batch_last_gradient.defvjp(lambda outputs: (outputs, None), _batch_last_backward)
 
 
 def _from_tiles(outputs: Float[Array, "outputs tiles_and_B"], tile: int, tiles: tuple[int, int]) -> Array:

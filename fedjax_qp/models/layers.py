@@ -36,6 +36,29 @@ def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.P
     return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
 
 
+@jax.custom_vjp
+def product(inputs: Float[Array, "B inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "B outputs"]:
+    """inputs @ kernel, whose gradient by the kernel is computed in the kernel's own layout.
+
+    JAX's rule computes its transpose: turning a large one round costs more than the product itself.
+    """
+    return inputs @ kernel
+
+
+def _product_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return inputs @ kernel, (inputs, kernel)
+
+
+def _product_backward(operands: tuple[Array, Array], gradient: Float[Array, "B outputs"]) -> tuple[Array, Array]:
+    inputs, kernel = operands
+    by_inputs = jax.lax.dot_general(gradient, kernel, (((1,), (1,)), ((), ())))
+    by_kernel = jax.lax.dot_general(inputs, gradient, (((0,), (0,)), ((), ())))
+    return by_inputs, by_kernel
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
 class Dense(nnx.Module):
     """y = x · kernel + bias; kernel [inputs, outputs]."""
 
@@ -44,7 +67,7 @@ class Dense(nnx.Module):
         self.bias = uniform_fan_in(rngs, (outputs,), inputs)
 
     def __call__(self, inputs: Float[Array, "B inputs"]) -> Float[Array, "B outputs"]:
-        return inputs @ self.kernel[...] + self.bias[...]
+        return product(inputs, self.kernel[...]) + self.bias[...]
 
 
 class Convolution(nnx.Module):

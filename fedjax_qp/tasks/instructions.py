@@ -112,9 +112,13 @@ def _cost(language: AdaptedModel, text: Text, sequences: float) -> str:
 def _notes(text: Text, train: Sequences, clients: list[Encoded], trains: list[Encoded]) -> list[str]:
     """What the cut-off did to the clients' records, and how much of the training sequences is padding."""
     tokens, targets = int((train.segments > 0).sum()), int(train.targets.sum())
+    records = sum(len(client.tokens) for client in trains)
+    padding = f"{padding_share(train):.1%} padding"
+    if text.pack:
+        padding += f" ({1 - tokens / (records * text.cut_off):.1%} if no records shared a sequence)"
     notes = [
-        f"{sum(len(client.tokens) for client in trains)} training records in {len(train.tokens)} sequences of "
-        f"{text.cut_off} tokens: {tokens} tokens, {targets} of them to predict, {padding_share(train):.1%} padding"
+        f"{records} training records in {len(train.tokens)} sequences of {text.cut_off} tokens: {tokens} tokens, "
+        f"{targets} of them to predict, {padding}"
     ]
     cut, dropped = sum(client.cut for client in clients), sum(client.dropped for client in clients)
     if cut or dropped:

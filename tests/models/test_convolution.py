@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_qp.models.convolution import Form, convolution, convolution_relu_pool, resolve_form, toeplitz_tile
+from fedjax_qp.models.convolution import Form, convolution, convolution_relu_pool, resolve_form
 from fedjax_qp.models.winograd import matrices
 
 FORMS: list[Form] = ["patches", "toeplitz", "winograd"]
@@ -57,11 +57,6 @@ def test_forms_equal_lax(form: Form, shape: dict, stride: int) -> None:
 @given(shape=shapes)
 def test_pooled_forms_equal_lax(form: Form, shape: dict) -> None:
     assert_same(convolution_relu_pool, draw(shape), form, padding=shape["padding"])
-
-
-def test_images_use_large_tiles() -> None:
-    assert toeplitz_tile((5, 5, 3, 6)) == 4
-    assert toeplitz_tile((5, 5, 6, 16)) == 2
 
 
 @pytest.mark.parametrize("size", [3, 5])
