@@ -7,8 +7,8 @@ Measures the rate of large float32 matrix products and the bandwidth of a sum of
 backward, SGD) of each model in a loop. A row holds
 
 * work: the step's floating-point operations by definition, whatever form the layers take. For image models they are those
-  XLA counts in the plain program (`lax` convolutions, no loops, not compiled); for LoRA see
-  `AdaptedModel.training_flops`, since XLA counts the body of a loop over layers once;
+  XLA counts in the plain program (`lax` convolutions, no loops, not compiled). It counts the body of a loop once, so for
+  the LSTM they are those of its products, and for LoRA see `AdaptedModel.training_flops`;
 * executed: operations that XLA counts in the compiled program of one step: more than the work where a form multiplies
   with zeros, less where it saves multiplications. It does not see into loops, nor into a library's own kernels;
 * bytes that the compiled program reads and writes, by the same count. What stays in a cache counts too, so the bound by
@@ -38,9 +38,11 @@ from fedjax_qp.data.examples import Examples
 from fedjax_qp.federated import Batch, Model, Params
 from fedjax_qp.models import classifier, gguf, models
 from fedjax_qp.models.adapted import pretrained
+from fedjax_qp.models.registry import character_models
 
 CLASSES, LEARNING_RATE = 10, 0.01
 LENGTH = 128  # tokens of a sequence
+WINDOW, CHARACTERS = 80, 81  # of the plays of Shakespeare
 SIZES = {"mlp": (28, 1), "lenet": (32, 3), "femnist_cnn": (28, 1), "simple_cnn": (32, 3), "resnet18": (32, 3)}
 
 
@@ -113,6 +115,22 @@ def image_model(name: str, batch: int) -> Subject:
     return Subject(sgd(model(), params), fixed, params.trainable, counted["flops"])
 
 
+def character_lstm(batch: int) -> Subject:
+    """Predicts every character of its windows."""
+    embedding, hidden = 8, 256
+    build = character_models.build("char_lstm", (WINDOW,), CHARACTERS, predict="every")
+    model = classifier(build, mean=None, std=None, classes=CHARACTERS)
+    random = np.random.default_rng(0)
+    codes = jnp.asarray(random.integers(0, CHARACTERS, (batch, WINDOW)), jnp.uint8)
+    labels = jnp.asarray(random.integers(0, CHARACTERS, batch), jnp.int32)
+    fixed = ((), Batch(Examples(codes, labels), jnp.ones(batch, bool)))
+    params = model.init(jax.random.key(0))
+    entries = (
+        embedding + 3 * hidden
+    ) * 4 * hidden + hidden * CHARACTERS  # of the matrices that every position goes through
+    return Subject(sgd(model, params), fixed, params.trainable, 6.0 * entries * batch * WINDOW)
+
+
 def low_rank_adapters(batch: int) -> Subject:
     """SmolLM2-135M."""
     language = pretrained(1, path=str(gguf.smollm2()), rank=RANK, alpha=ALPHA, targets=TARGETS)
@@ -127,6 +145,7 @@ SUBJECTS: dict[str, tuple[Callable[[int], Subject], int]] = {
     **{name: (lambda batch, name=name: image_model(name, batch), 50) for name in SIZES},
     "femnist_cnn": (lambda batch: image_model("femnist_cnn", batch), 20),
     "simple_cnn": (lambda batch: image_model("simple_cnn", batch), 10),
+    "char_lstm": (character_lstm, 10),
     "smollm2-lora": (low_rank_adapters, 1),
 }
 

@@ -37,7 +37,7 @@ def uniform_fan_in(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> nnx.P
 
 
 @jax.custom_vjp
-def product(inputs: Float[Array, "B inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "B outputs"]:
+def product(inputs: Float[Array, "... inputs"], kernel: Float[Array, "inputs outputs"]) -> Float[Array, "... outputs"]:
     """inputs @ kernel, whose gradient by the kernel is computed in the kernel's own layout.
 
     JAX's rule computes its transpose: turning a large one round costs more than the product itself.
@@ -49,10 +49,11 @@ def _product_forward(inputs: Array, kernel: Array) -> tuple[Array, tuple[Array, 
     return inputs @ kernel, (inputs, kernel)
 
 
-def _product_backward(operands: tuple[Array, Array], gradient: Float[Array, "B outputs"]) -> tuple[Array, Array]:
+def _product_backward(operands: tuple[Array, Array], gradient: Float[Array, "... outputs"]) -> tuple[Array, Array]:
     inputs, kernel = operands
-    by_inputs = jax.lax.dot_general(gradient, kernel, (((1,), (1,)), ((), ())))
-    by_kernel = jax.lax.dot_general(inputs, gradient, (((0,), (0,)), ((), ())))
+    leading = tuple(range(inputs.ndim - 1))
+    by_inputs = jax.lax.dot_general(gradient, kernel, (((inputs.ndim - 1,), (1,)), ((), ())))
+    by_kernel = jax.lax.dot_general(inputs, gradient, ((leading, leading), ((), ())))
     return by_inputs, by_kernel
 
 
@@ -66,7 +67,7 @@ class Dense(nnx.Module):
         self.kernel = uniform_fan_in(rngs, (inputs, outputs), inputs)
         self.bias = uniform_fan_in(rngs, (outputs,), inputs)
 
-    def __call__(self, inputs: Float[Array, "B inputs"]) -> Float[Array, "B outputs"]:
+    def __call__(self, inputs: Float[Array, "... inputs"]) -> Float[Array, "... outputs"]:
         return product(inputs, self.kernel[...]) + self.bias[...]
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fedjax_qp.models.layers import product
 
@@ -11,10 +12,11 @@ def objective(multiply, inputs, kernel):
     return jnp.sin(multiply(jnp.tanh(inputs), kernel)).sum()
 
 
-def test_first_and_second_derivatives_are_the_plain_ones():
+@pytest.mark.parametrize("leading", [(5,), (2, 5)])
+def test_first_and_second_derivatives_are_the_plain_ones(leading):
     keys = jax.random.split(jax.random.key(0), 4)
     at, along = (
-        tuple(jax.random.normal(key, shape) for key, shape in zip(pair, ((5, 7), (7, 3)), strict=True))
+        tuple(jax.random.normal(key, shape) for key, shape in zip(pair, ((*leading, 7), (7, 3)), strict=True))
         for pair in (keys[:2], keys[2:])
     )
     gradients, curvatures = [], []
