@@ -31,7 +31,7 @@ run-perfit: $(VENV)/with-language
 	$(BIN)/python benchmarks/first_perfit.py --seed $(SEED)
 
 test: $(VENV)/with-test
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/with-test
 	$(BIN)/python -m pytest -m slow --timeout 3600
