@@ -73,23 +73,30 @@ def test_pruned_entries_stay_zero_under_adam_with_weight_decay():
         assert (np.asarray(flatten(memory.adapters))[~pruned] != 0).any()
 
 
-def report(algorithm, server, client: int, theta, mask, size: float):
+@cache
+def compiled(grouped: bool):
+    """PerFIT of two levels, and its two functions that average."""
+    algorithm = build(levels=(0.5, 1.5), grouped=grouped)
+    return algorithm, jax.jit(algorithm.finish), jax.jit(algorithm.combine)
+
+
+def report(grouped: bool, server, client: int, theta, mask, size: float):
     """What a client with these adapters and masks uploads."""
+    algorithm, finish, _ = compiled(grouped)
     federation = regression(2)
     cohort = Cohort(np.array([client]), np.array([size]), np.array([1]))
     shared, own, _ = algorithm.dispatch(server, cohort, jax.random.key(0))
     memory = algorithm.init_client(federation.model.init(jax.random.key(0)))
     carry = LocalState(Params(theta, (), mask), (), jnp.zeros(()))
     facts = Client(jnp.int32(client), jnp.float32(size), jnp.int32(1))
-    return algorithm.finish(shared, jax.tree.map(lambda leaf: leaf[0], own), carry, memory, facts)[0]
+    return finish(shared, jax.tree.map(lambda leaf: leaf[0], own), carry, memory, facts)[0]
 
 
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), grouped=st.booleans(), density=st.sampled_from([0.1, 0.5, 1.0]))
 def test_positions_are_averaged_over_their_owners(seed, grouped, density):
     """Against a loop over positions; what nobody owns keeps its old value; groups do not mix."""
-    levels = (0.5, 1.5)
-    algorithm = build(levels=levels, grouped=grouped)
+    algorithm, _, combine = compiled(grouped)
     params = regression(2).model.init(jax.random.key(0))
     server = algorithm.init_server(params, 1)
     generator = np.random.default_rng(seed)
@@ -101,10 +108,10 @@ def test_positions_are_averaged_over_their_owners(seed, grouped, density):
     thetas = np.where(masks, generator.normal(size=(5, total)), 0).astype(np.float32)
     sizes = generator.integers(1, 30, 5)
     uploads = [
-        report(algorithm, server, client, *(unflatten(jnp.array(x), params.trainable) for x in pair), float(size))
+        report(grouped, server, client, *(unflatten(jnp.array(x), params.trainable) for x in pair), float(size))
         for client, (size, *pair) in enumerate(zip(sizes, thetas, masks, strict=True))
     ]
-    after, _ = algorithm.combine(server, jax.tree.map(lambda *leaves: sum(leaves), *uploads), jax.random.key(0))
+    after, _ = combine(server, jax.tree.map(lambda *leaves: sum(leaves), *uploads), jax.random.key(0))
     expected = old.copy()
     for group in range(len(old)):
         members = [client for client in range(5) if not grouped or client % 2 == group]
