@@ -56,7 +56,7 @@ def test_parameters_are_plain_dicts(model) -> None:
 
 def test_evaluation_sums_equal_numpy(model) -> None:
     params, batch = model.init(jax.random.key(0)), batch_of(9, 7)
-    sums = model.evaluate((), params, batch)
+    sums = jax.jit(model.evaluate)((), params, batch)
     weights = jax.tree.map(np.asarray, params.trainable)
     pixels = (np.asarray(batch.examples.inputs, np.float32) / 255 - 0.4) / 0.3
     hidden = convolution(jnp.asarray(pixels), weights["conv"]["kernel"], form="lax") + weights["conv"]["bias"]
@@ -83,7 +83,7 @@ def test_padding_is_inert(model) -> None:
     for expected, got in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
     for expected, got in zip(
-        *(jax.tree.leaves(model.evaluate((), params, batch)) for batch in (short, padded)), strict=True
+        *(jax.tree.leaves(jax.jit(model.evaluate)((), params, batch)) for batch in (short, padded)), strict=True
     ):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
 

@@ -76,15 +76,16 @@ def test_chunked_losses_are_the_plain_formula(tied, chunk):
     def plain(x):
         return (weights * plain_losses(x, head, labels, counts, tied)[0]).sum()
 
-    found = token_losses(hidden, head, labels, counts, tied=tied, chunk=chunk)
+    found = jax.jit(partial(token_losses, tied=tied, chunk=chunk))(hidden, head, labels, counts)
     expected, hits = plain_losses(hidden, head, labels, counts, tied)
     np.testing.assert_allclose(found.loss, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found.correct, hits)
-    np.testing.assert_allclose(jax.grad(ours)(hidden), jax.grad(plain)(hidden), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.grad(ours))(hidden), jax.jit(jax.grad(plain))(hidden), rtol=1e-4, atol=1e-5)
     # Several clients make one list of tokens; the head may even differ.
-    each = jax.vmap(jax.grad(ours))(jnp.stack([hidden, 2 * hidden, -hidden]))
-    np.testing.assert_allclose(each, jax.vmap(jax.grad(plain))(jnp.stack([hidden, 2 * hidden, -hidden])), atol=1e-4)
-    per_head = jax.vmap(lambda h: token_losses(hidden, h, labels, counts, tied=tied, chunk=chunk).loss)(
+    several = jnp.stack([hidden, 2 * hidden, -hidden])
+    each, expected_each = (jax.jit(jax.vmap(jax.grad(function)))(several) for function in (ours, plain))
+    np.testing.assert_allclose(each, expected_each, atol=1e-4)
+    per_head = jax.jit(jax.vmap(lambda h: token_losses(hidden, h, labels, counts, tied=tied, chunk=chunk).loss))(
         jnp.stack([head, 2 * head])
     )
     np.testing.assert_allclose(per_head[1], plain_losses(hidden, 2 * head, labels, counts, tied)[0], rtol=1e-4)
@@ -109,18 +110,18 @@ def test_loss_and_evaluation_are_sums_over_targets():
     hidden = forward(
         CONFIG, FROZEN, adapters, (), examples.tokens, examples.positions, examples.segments, scale=6.0 / 3
     )
-    probabilities = jax.nn.log_softmax(logits(CONFIG, FROZEN, hidden))
+    probabilities = np.asarray(jax.nn.log_softmax(logits(CONFIG, FROZEN, hidden)))
     total, hits, count = 0.0, 0, 0
     for row, column in zip(*np.nonzero(examples.targets), strict=True):
         before = probabilities[row, column - 1]
         total -= float(before[examples.tokens[row, column]])
         hits += int(before.argmax()) == examples.tokens[row, column]
         count += 1
-    sums = evaluate(FROZEN, Params(adapters, (), ()), batch)
+    sums = jax.jit(evaluate)(FROZEN, Params(adapters, (), ()), batch)
     assert {name: x.shape for name, x in sums.items()} == {"loss": (), "correct": (1,), "count": (1,)}
     np.testing.assert_allclose(sums["loss"], total, rtol=1e-5)
     assert (sums["correct"][0], sums["count"][0]) == (hits, count) and count == 2 * (3 + 2)
-    value, statistics = MODEL.loss(FROZEN, Params(adapters, (), ()), batch, jax.random.key(0))
+    value, statistics = jax.jit(MODEL.loss)(FROZEN, Params(adapters, (), ()), batch, jax.random.key(0))
     np.testing.assert_allclose(value, total / count, rtol=1e-5)
     assert statistics == ()
 
