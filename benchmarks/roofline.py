@@ -117,7 +117,6 @@ def image_model(name: str, batch: int) -> Subject:
 
 def character_lstm(batch: int) -> Subject:
     """Predicts every character of its windows."""
-    embedding, hidden = 8, 256
     build = character_models.build("char_lstm", (WINDOW,), CHARACTERS, predict="every")
     model = classifier(build, mean=None, std=None, classes=CHARACTERS)
     random = np.random.default_rng(0)
@@ -125,9 +124,9 @@ def character_lstm(batch: int) -> Subject:
     labels = jnp.asarray(random.integers(0, CHARACTERS, batch), jnp.int32)
     fixed = ((), Batch(Examples(codes, labels), jnp.ones(batch, bool)))
     params = model.init(jax.random.key(0))
-    entries = (
-        embedding + 3 * hidden
-    ) * 4 * hidden + hidden * CHARACTERS  # of the matrices that every position goes through
+    # Every position goes through all matrices but the embedding, which is looked up.
+    matrices = [leaf.size for leaf in jax.tree.leaves(params.trainable) if leaf.ndim == 2]
+    entries = sum(matrices) - params.trainable["embedding"].size
     return Subject(sgd(model, params), fixed, params.trainable, 6.0 * entries * batch * WINDOW)
 
 

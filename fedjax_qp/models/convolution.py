@@ -4,16 +4,16 @@ Under `vmap` over per-client kernels a convolution becomes a grouped convolution
 and inside a loop XLA:CPU does not use its fast kernels for it. A matrix product becomes a batched matrix product.
 
 * "patches" (im2col): each output position reads a patch of k × k positions, copied into one row of a matrix.
-* "toeplitz", for few channels, where copying costs more than multiplying: outputs are computed in tiles of t × t positions.
-  A tile reads t+k−1 input rows and columns; the kernel is expanded into a banded (block-Toeplitz) matrix from this patch
-  to the t × t outputs. Each value is copied (1 + (k−1)/t)² times instead of k², and the matrix product is wider, at the
-  price of multiplications with zeros.
+* "toeplitz", for few channels, where copying costs more than multiplying: outputs are computed in tiles of t × t positions,
+  t = 2. A tile reads t+k−1 input rows and columns; the kernel is expanded into a banded (block-Toeplitz) matrix from this
+  patch to the t × t outputs. Each value is copied (1 + (k−1)/t)² times instead of k², and the matrix product is wider, at
+  the price of multiplications with zeros.
 * "winograd", for many channels, where multiplying dominates: see `winograd`.
 
 Inputs and outputs are NHWC. Within the toeplitz form the input is cut into cells of t × t positions, so that a patch is a
 few whole cells, and the examples of the batch are the last axis: [cell, row of cells, column of cells, B]. So gathering
 patches copies long contiguous runs, and elementwise operations are vectorised over the batch however few channels there
-are. Where one layer's pooled tiles are the next layer's cells, as in LeNet, XLA removes the transpositions in between.
+are.
 """
 
 from math import ceil
@@ -33,8 +33,8 @@ Padding = Literal["SAME", "VALID"] | int
 IMAGE_CHANNELS = 4
 # With more channels multiplying dominates.
 TOEPLITZ_CHANNELS = 16
-# Side of an output tile. Larger ones copy less, but multiply with more zeros; 4 is slower on every layer measured.
-TOEPLITZ_TILE = 2
+# Side of an output tile: just a pooling window. Tiles of 4 copy less, but multiply with more zeros: LeNet's step is slower.
+TILE = 2
 
 
 def convolution(
@@ -69,10 +69,9 @@ def convolution(
         return join_tiles(winograd_tiles(inputs, kernel, (height, width)))[:, :height, :width]
     if form == "patches":
         return _by_patches(inputs, kernel, stride, (height, width))
-    tile = TOEPLITZ_TILE
-    tiles = ceil(height / tile), ceil(width / tile)
-    outputs = _banded_matrix(kernel, tile) @ _gather_patches(inputs, kernel.shape, tile, tiles)
-    return _from_tiles(outputs, tile, tiles)[:, :height, :width]
+    tiles = ceil(height / TILE), ceil(width / TILE)
+    outputs = _banded_matrix(kernel) @ _gather_patches(inputs, kernel.shape, tiles)
+    return _from_tiles(outputs, TILE, tiles)[:, :height, :width]
 
 
 def convolution_relu_pool(
@@ -118,15 +117,10 @@ def _pooled_tiles(tiles: Float[Array, "t t B rows columns O"]) -> Float[Array, "
 
 
 def _toeplitz_relu_pool(inputs: Array, kernel: Array, bias: Array, pooled: tuple[int, int]) -> Float[Array, "B h w O"]:
-    tile, channels = TOEPLITZ_TILE, kernel.shape[3]
-    half = tile // 2
-    tiles = ceil(pooled[0] / half), ceil(pooled[1] / half)
-    matrix = _banded_matrix(kernel, tile).reshape(half, 2, half, 2, channels, -1)
-    matrix = matrix.transpose(1, 3, 0, 2, 4, 5).reshape(tile * tile * channels, -1)
-    outputs = matrix @ _gather_patches(inputs, kernel.shape, tile, tiles)
-    outputs = max_of_windows(outputs.reshape(4, half * half * channels, -1))
-    outputs = jax.nn.relu(outputs + jnp.tile(bias, half * half)[:, None])
-    return _batch_last_gradient(_from_tiles(outputs, half, tiles))
+    """A tile is a pooling window, and its positions come first in the product."""
+    outputs = _banded_matrix(kernel) @ _gather_patches(inputs, kernel.shape, pooled)
+    outputs = max_of_windows(outputs.reshape(TILE * TILE, len(bias), -1))
+    return _batch_last_gradient(_from_tiles(jax.nn.relu(outputs + bias[:, None]), 1, pooled))
 
 
 def resolve_form(form: Form, kernel: tuple[int, ...]) -> Form:
@@ -146,7 +140,7 @@ def _possible(form: Form, kernel: tuple[int, ...], outputs: tuple[int, int], str
     """The form that computes a layer."""
     form = resolve_form(form, kernel)
     if form == "toeplitz":
-        possible = max(kernel[:2]) > 1 and min(outputs) >= TOEPLITZ_TILE
+        possible = max(kernel[:2]) > 1 and min(outputs) >= TILE
     elif form == "winograd":
         possible = kernel[0] == kernel[1] and kernel[0] in TILES and min(outputs) >= TILES[kernel[0]]
     else:
@@ -179,45 +173,45 @@ def _by_patches(
 
 
 def _gather_patches(
-    inputs: Float[Array, "B H W C"], kernel: tuple[int, ...], tile: int, tiles: tuple[int, int]
+    inputs: Float[Array, "B H W C"], kernel: tuple[int, ...], tiles: tuple[int, int]
 ) -> Float[Array, "patch tiles_and_B"]:
     """Copies what each output tile reads; a patch is ordered (cell, row in cell, column in cell, channel)."""
     batch, channels = inputs.shape[0], inputs.shape[3]
-    reach = [ceil((tile - 1 + k) / tile) for k in kernel[:2]]  # cells in a patch
+    reach = [ceil((TILE - 1 + k) / TILE) for k in kernel[:2]]  # cells in a patch
     counts = [count + more - 1 for count, more in zip(tiles, reach, strict=True)]
-    inputs = inputs[:, : counts[0] * tile, : counts[1] * tile]
-    short = [(0, count * tile - size) for count, size in zip(counts, inputs.shape[1:3], strict=True)]
-    if channels <= IMAGE_CHANNELS and jax.default_backend() == "cpu":
+    inputs = inputs[:, : counts[0] * TILE, : counts[1] * TILE]
+    short = [(0, count * TILE - size) for count, size in zip(counts, inputs.shape[1:3], strict=True)]
+    if channels <= IMAGE_CHANNELS:
         inputs = _transposed_by_product(inputs)
-    cells = jnp.pad(inputs, [(0, 0), *short, (0, 0)]).reshape(batch, counts[0], tile, counts[1], tile, channels)
-    cells = cells.transpose(2, 4, 5, 1, 3, 0).reshape(tile * tile * channels, *counts, batch)
+    cells = jnp.pad(inputs, [(0, 0), *short, (0, 0)]).reshape(batch, counts[0], TILE, counts[1], TILE, channels)
+    cells = cells.transpose(2, 4, 5, 1, 3, 0).reshape(TILE * TILE * channels, *counts, batch)
     parts = [cells[:, y : y + tiles[0], x : x + tiles[1]] for y in range(reach[0]) for x in range(reach[1])]
     return jnp.concatenate(parts).reshape(len(parts) * len(cells), -1)
 
 
-def _transposed_by_product(inputs: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """Returns the inputs unchanged, but so that XLA:CPU lays them out with the batch last, and only once.
+def _transposed_by_product(images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns the images unchanged, but so that XLA:CPU lays them out with the batch last, and only once.
 
     XLA fuses a plain transposition into each reader, where it runs one element at a time, together with whatever made
     the images (the look-up in the data set). It never fuses a matrix product: that saves a tenth to a quarter of a step.
-    Exact for finite inputs; an infinite or undefined pixel would spread over the batch.
+    Exact for finite values; an infinite or undefined one would spread over the batch.
     """
-    batch = inputs.shape[0]
-    transposed = jnp.matmul(inputs.reshape(batch, -1).T, jnp.eye(batch, dtype=inputs.dtype))
-    return transposed.T.reshape(inputs.shape)
+    if jax.default_backend() != "cpu":
+        return images
+    batch = images.shape[0]
+    transposed = jnp.matmul(images.reshape(batch, -1).T, jnp.eye(batch, dtype=images.dtype))
+    return transposed.T.reshape(images.shape)
 
 
 @jax.custom_vjp
 def _batch_last_gradient(outputs: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-    """The outputs unchanged; their gradient is transposed once, and not in each of its readers."""
+    """Returns the outputs unchanged; their gradient is transposed once, and not in each of its readers."""
     return outputs
 
 
-def _batch_last_backward(residuals: None, gradient: Float[Array, "B H W C"]) -> tuple[Array]:
-    return (_transposed_by_product(gradient) if jax.default_backend() == "cpu" else gradient,)
-
-
-_batch_last_gradient.defvjp(lambda outputs: (outputs, None), _batch_last_backward)
+_batch_last_gradient.defvjp(
+    lambda outputs: (outputs, None), lambda residuals, gradient: (_transposed_by_product(gradient),)
+)
 
 
 def _from_tiles(outputs: Float[Array, "outputs tiles_and_B"], tile: int, tiles: tuple[int, int]) -> Array:
@@ -227,16 +221,16 @@ def _from_tiles(outputs: Float[Array, "outputs tiles_and_B"], tile: int, tiles: 
     return outputs.reshape(-1, rows * tile, columns * tile, channels)
 
 
-def _banded_matrix(kernel: Float[Array, "kh kw C O"], tile: int) -> Float[Array, "outputs patch"]:
+def _banded_matrix(kernel: Float[Array, "kh kw C O"]) -> Float[Array, "outputs patch"]:
     """Expands a kernel into the matrix from a patch (`_gather_patches`) to a tile ordered (row, column, channel)."""
     height, width, channels, outputs = kernel.shape
-    reach = [ceil((tile - 1 + k) / tile) for k in (height, width)]
-    rows, columns = (cells * tile for cells in reach)
+    reach = [ceil((TILE - 1 + k) / TILE) for k in (height, width)]
+    rows, columns = (cells * TILE for cells in reach)
     kernel = kernel.transpose(3, 0, 1, 2)
     shifted = [
         jnp.pad(kernel, ((0, 0), (y, rows - height - y), (x, columns - width - x), (0, 0)))
-        for y in range(tile)
-        for x in range(tile)
+        for y in range(TILE)
+        for x in range(TILE)
     ]
-    matrix = jnp.stack(shifted).reshape(tile * tile * outputs, reach[0], tile, reach[1], tile, channels)
-    return matrix.swapaxes(2, 3).reshape(tile * tile * outputs, rows * columns * channels)
+    matrix = jnp.stack(shifted).reshape(TILE * TILE * outputs, reach[0], TILE, reach[1], TILE, channels)
+    return matrix.swapaxes(2, 3).reshape(TILE * TILE * outputs, rows * columns * channels)

@@ -1,5 +1,7 @@
 """Layers with PyTorch's initial weights, convolution and dense; and the form of the networks made of them."""
 
+from abc import abstractmethod
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -10,16 +12,16 @@ from fedjax_qp.models.convolution import Form, Padding, convolution, convolution
 class Network(nnx.Module):
     """A classifier of images: their features, and one dense layer on top."""
 
+    @abstractmethod
     def features(
         self, inputs: Float[Array, "B H W C"], mask: Bool[Array, "B"] | None = None, *, train: bool
     ) -> Float[Array, "B F"]:
         """What the last layer sees."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def last(self) -> "Dense":
         """The last layer."""
-        raise NotImplementedError
 
     def __call__(
         self, inputs: Float[Array, "B H W C"], mask: Bool[Array, "B"] | None = None, *, train: bool

@@ -152,7 +152,7 @@ def test_a_rank_that_nobody_trains_keeps_its_values():
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), inner=st.sampled_from([2, 7, 12]), rank=st.integers(1, 2))  # each compiles
+@given(seed=st.integers(0, 2**31 - 1), inner=st.integers(2, 12), rank=st.integers(1, 2))
 def test_the_svd_of_a_product_without_the_product(seed, inner, rank):
     generator = np.random.default_rng(seed)
     a, b = generator.normal(size=(6, inner)).astype(np.float32), generator.normal(size=(inner, 9)).astype(np.float32)
