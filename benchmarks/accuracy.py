@@ -12,7 +12,8 @@ Every tuned method gets five settings (clustered sampling has but four) on the s
 setting with the best mean of the last five evaluations is taken. FedQP's fifth is the best of the first four with a margin of
 0.25. The comparison adds the ablations of the best form of FedQP: FedMut's mutants shifted to the same mean, that mean alone,
 and FedAvgM with that drift as its momentum. A run that diverged is named in the report and counts in no mean. Finished runs
-are kept, interrupted ones are continued.
+are kept, interrupted ones are continued; a run of the same name with other settings, as after another tuning, is an error.
+With `--tuned benchmarks/results/OTHER-tune.json` the settings are those found on another task.
 """
 
 import argparse
@@ -86,16 +87,6 @@ PHASES = {"tune": ((3,), 20), "main": ((0, 1, 2), 60), "long": ((0,), 200), "bas
 TUNED_LAST, LAST = 5, 10
 
 
-def complete(config: configuration.Config, console: Console) -> Path:
-    """Runs, continues or keeps one run; returns its folder. A run that diverged is kept as such.
-
-    Raises:
-      ConfigurationError: the folder holds a run of the same name with other settings, as after another tuning.
-    """
-    (outcome,) = run_together([config], console)
-    return outcome.folder
-
-
 def _is_finished(folder: Path, rounds: int) -> bool:
     file = folder / "records.jsonl"
     return file.exists() and any(line["round"] == rounds for line in records.read(folder))
@@ -133,20 +124,19 @@ def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
     for method, settings in {**TUNE, **BASELINES}.items():
         if method not in wanted:
             continue
-        folders = {
-            setting: complete(configure(arguments, "tune", f"{method}{index}", setting, seed), console)
-            for index, setting in enumerate(settings)
-            for seed in PHASES["tune"][0]
-        }
+        (seed,) = PHASES["tune"][0]
+        configs = [
+            configure(arguments, "tune", f"{method}{index}", setting, seed) for index, setting in enumerate(settings)
+        ]
         rows = [
             {
                 "method": method,
                 "setting": setting,
-                "accuracy": score(folder, TUNED_LAST),
-                "drift": mean_drift(folder),
-                "diverged": (folder / FAILURE).exists(),
+                "accuracy": score(outcome.folder, TUNED_LAST),
+                "drift": mean_drift(outcome.folder),
+                "diverged": (outcome.folder / FAILURE).exists(),
             }
-            for setting, folder in folders.items()
+            for setting, outcome in zip(settings, run_together(configs, console), strict=True)
         ]
         chosen[method] = max(rows, key=lambda row: row["accuracy"])["setting"]
         scores += rows
@@ -168,18 +158,18 @@ def compared(chosen: dict[str, str], scores: list[dict]) -> dict[str, str]:
 
 
 def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str, str], console: Console) -> None:
-    """Seed by seed, so that an unfinished comparison is still paired."""
+    """Method by method, its seeds in one program; the report is written anew after each."""
     folders, diverged = [], []
-    for seed in arguments.seeds or PHASES[phase][0]:
-        for label, method in methods.items():
-            config = configure(arguments, phase, label, method, seed)
-            if not arguments.only_report:
-                complete(config, console)
+    for label, method in methods.items():
+        configs = [configure(arguments, phase, label, method, seed) for seed in arguments.seeds or PHASES[phase][0]]
+        if not arguments.only_report:
+            run_together(configs, console)
+        for config in configs:
             if _is_finished(config.run_folder, config.rounds):
                 folders.append(config.run_folder)
             elif (config.run_folder / FAILURE).exists():
                 diverged.append(config.run_folder.name)
-    report(arguments, phase, folders, diverged, console)
+        report(arguments, phase, folders, diverged, console)
 
 
 def report(
@@ -219,7 +209,7 @@ def _results(arguments: argparse.Namespace, phase: str) -> Path:
 
 def tuned(arguments: argparse.Namespace) -> dict:
     """What the tuning found so far."""
-    file = _results(arguments, "tune").with_suffix(".json")
+    file = arguments.tuned or _results(arguments, "tune").with_suffix(".json")
     return json.loads(file.read_text()) if file.exists() else {"chosen": {}, "scores": []}
 
 
@@ -234,8 +224,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="instead of the phase's own number")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the phase's own seeds")
     parser.add_argument("--methods", nargs="+", help="only these of the comparison or the tuning")
+    parser.add_argument("--tuned", type=Path, help="file of another task's tuning, whose settings are taken over")
     parser.add_argument("overrides", nargs="*", help="settings to change in all runs")
     arguments = parser.parse_intermixed_args()
+    if arguments.tuned and arguments.phase == "tune":
+        parser.error("--tuned takes over another task's settings; leave it out to tune.")
     arguments.only_report = arguments.phase == "report"
     keep_programs()
     console = Console()
