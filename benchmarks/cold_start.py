@@ -3,10 +3,10 @@
     python benchmarks/cold_start.py [CASE ...] [--split FILE]
 
 Every run is a process of its own, `fedjax-qp run` with few local steps and no evaluation, ended after its first round:
-what is measured is the start. Compiled programs go to a temporary folder: empty at a case's first run ("cold"), filled at
-those after it ("warm"). ResNet-18 needs CIFAR-10 and FedMut's split (--split). The data caches are the user's own and are
-filled by an uncounted run that keeps no programs. Prints and writes a row for each case: seconds to the end of the first
-round, and the phases that the run itself reports.
+what is measured is the start. The cache folder is a temporary one: an uncounted run that keeps no programs fills it with
+prepared data and models; it holds no program at a case's first counted run ("cold"), and has them at those after it ("warm").
+ResNet-18 needs CIFAR-10 and FedMut's split (--split). Prints and writes a row for each case, in place of its older one:
+seconds to the end of the first round, and the phases that the run itself reports.
 """
 
 import argparse
@@ -35,19 +35,15 @@ CASES = {
 CASES["smollm2 lora"] += ["text.test_records=1", "text.train_records=4", "evaluation.batch_size=1"]
 
 
-def first_round(settings: list[str], programs: Path | None) -> dict:
-    """Starts a run and waits for its first record.
-
-    Args:
-      programs: folder of compiled programs; None keeps none.
-    """
-    kept = {"JAX_COMPILATION_CACHE_DIR": str(programs)} if programs else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+def first_round(settings: list[str], cache: str, *, keep_programs: bool = True) -> dict:
+    """Starts a run with its own cache folder and waits for its first record."""
+    variables = {"FEDJAX_QP_CACHE": cache, **({} if keep_programs else {"JAX_ENABLE_COMPILATION_CACHE": "false"})}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedjax_qp", "run", *settings, *SHORT_ROUNDS, f"folder={folder}", "name=cold"]
         run = Path(folder) / "cold-seed0"
         started = time.perf_counter()
         process = subprocess.Popen(
-            command, env={**os.environ, **kept}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         while not ((run / FILE).exists() and (run / FILE).stat().st_size):
             if process.poll() is not None:
@@ -67,16 +63,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="warm runs; the cold one is single")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cold_start.jsonl"))
     arguments = parser.parse_args()
-    rows = []
+    older = (
+        [json.loads(line) for line in arguments.output.read_text().splitlines()] if arguments.output.exists() else []
+    )
+    rows = [row for row in older if row["case"] not in arguments.cases]
     for case in arguments.cases:
         settings = [*CASES[case]]
         if case == "resnet18":
             settings.append(f"partition.path={arguments.split}")
-        first_round(settings, None)
-        with tempfile.TemporaryDirectory() as programs:
-            cold = first_round(settings, Path(programs))
-            warm = [first_round(settings, Path(programs)) for _ in range(arguments.repeats)]
-            kept = [file.stat().st_size for file in Path(programs).iterdir()]
+        with tempfile.TemporaryDirectory() as cache:
+            first_round(settings, cache, keep_programs=False)
+            cold = first_round(settings, cache)
+            warm = [first_round(settings, cache) for _ in range(arguments.repeats)]
+            kept = [file.stat().st_size for file in (Path(cache) / "programs").iterdir()]
         seconds = [run["first_round_seconds"] for run in warm]
         rows.append(
             {

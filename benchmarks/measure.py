@@ -119,9 +119,9 @@ def paired_ratio(seconds: dict[str, list[float]], name: str, to: str) -> dict[st
 
 
 def write_rows(rows: list[dict], file: Path) -> None:
-    """One JSON object a line; every row says where it was measured."""
+    """One JSON object a line; every row says where it was measured, older ones what they said."""
     circumstances = environment()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps({**row, "environment": circumstances}) + "\n" for row in rows))
+    file.write_text("".join(json.dumps({"environment": circumstances, **row}) + "\n" for row in rows))
     for row in rows:
         print(json.dumps(row))

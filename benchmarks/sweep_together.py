@@ -1,7 +1,7 @@
 """What do runs that share a program save, and are they the runs that they would be alone?
 
     python benchmarks/sweep_together.py                  # 16 settings × 3 seeds on MNIST-5k
-    python benchmarks/sweep_together.py rounds=20 --alone 12
+    python benchmarks/sweep_together.py rounds=20 --alone 4      # alone only 4 of the settings, each with its three seeds
 
 FedQP with four learning rates and four α, three seeds each: 48 runs, first in one program (`together.run_together`, what
 `fedjax-qp sweep` does with them on one worker), then one after another (`run.run`, each in the same process, so that imports
@@ -88,6 +88,12 @@ def differences(first: Config, second: Config) -> list[float]:
     return [max(abs(a[name] - b[name]) / abs(b[name]) for name in ("train_loss", "test_loss")) for a, b in pairs]
 
 
+def alone_ones(settings: int) -> list[int]:
+    """Positions of the runs to run alone: so many settings with all their seeds, which alone too share compiled programs."""
+    count = len(RATES) * len(ALPHAS)
+    return [len(SEEDS) * (index * count // settings) + seed for index in range(settings) for seed in range(len(SEEDS))]
+
+
 def empty_cache(folder: Path) -> None:
     """Programs compiled from now on are kept in this folder, as the command line keeps them in the user's."""
     compilation_cache.reset_cache()
@@ -109,14 +115,14 @@ def with_measured_lanes(runs: Sequence[Config]) -> list[Config]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--alone", type=int, help="run only so many of the runs alone, evenly chosen; default: all")
+    parser.add_argument("--alone", type=int, help="run only so many settings alone, evenly chosen; default: all")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/sweep_together.jsonl"))
     arguments = parser.parse_intermixed_args()
     quiet = Console(quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         shared = configs(Path(folder) / "together", arguments.overrides)
         single = configs(Path(folder) / "alone", arguments.overrides)
-        chosen = range(0, len(single), max(1, len(single) // (arguments.alone or len(single))))
+        chosen = alone_ones(arguments.alone or len(RATES) * len(ALPHAS))
         empty_cache(Path(folder) / "cache-together")
         together = measured(lambda: run_together(shared, quiet))
         single = with_measured_lanes(single)
