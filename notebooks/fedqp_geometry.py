@@ -40,8 +40,9 @@ from fedjax_qp.run import run
 #
 # With two layers a mutation has two coefficients, one for each layer's part of the last global update g; scaled by the
 # square roots of the layers' shares, lengths and angles in the picture are those in parameter space. FedMut draws ±α per
-# layer, so half of the mutants look away from g. The fan around g is where FedQP wants them; the one that looks straight
-# back is corrected to nothing by QP-1, which only ever moves along g.
+# layer, so half of the mutants look away from g. The blue area is where each form wants them: QP-1 moves a mutant along g
+# until its cosine with g is at least the margin τ, so the one that looks straight back is corrected to nothing; QP-2 and QP-4
+# ask for an inner product of at least τα‖g‖² and let no layer's coefficient grow beyond α.
 
 # %%
 shares = jnp.array([0.65, 0.35])
@@ -54,14 +55,17 @@ forms = {
     "box (QP-2)": quadratic.boxed(signs, shares, alpha=alpha, margin=margin),
     "joint (QP-4), drift 0.7": quadratic.joint(signs, shares, alpha=alpha, margin=margin, drift=0.7),
 }
+grid = np.stack(np.meshgrid(*[np.linspace(-2.8, 2.8, 401)] * 2))  # [layers, points, points]
+along = np.tensordot(scale, grid, 1)  # inner product with g over ‖g‖
+in_fan = along >= margin * np.linalg.norm(grid, axis=0)
+in_box = (along >= margin * alpha) & (np.abs(grid) <= alpha * scale[:, None, None]).all(0)
 
 figure = Figure(figsize=(12, 4.4), layout="constrained")
 for axes, (name, (coefficients, report)) in zip(figure.subplots(1, 3, sharey=True), forms.items(), strict=True):
     corrected = np.asarray(coefficients) * scale
-    half_angle = np.arccos(margin)
-    centre = np.arctan2(scale[1], scale[0])
-    angles = np.linspace(centre - half_angle, centre + half_angle, 60)
-    axes.fill(np.r_[0, 2.6 * np.cos(angles)], np.r_[0, 2.6 * np.sin(angles)], color="#56B4E9", alpha=0.25, label="fan")
+    allowed = in_fan if name.startswith("nearest") else in_box
+    axes.contourf(*grid, allowed, levels=[0.5, 1], colors=["#56B4E9"], alpha=0.25)
+    axes.fill([], [], color="#56B4E9", alpha=0.25, label="allowed")
     axes.annotate("", xy=scale, xytext=(0, 0), arrowprops={"arrowstyle": "-|>", "color": "black", "lw": 2})
     axes.annotate("g", xy=scale * 1.05)
     for start, end in zip(drawn, corrected, strict=True):
@@ -112,8 +116,8 @@ Console(width=130).print(side_by_side(inspected))
 # ## Drift
 #
 # A mutant is the global model plus coefficients times the layers of g. Their mean over the cohort, weighted by the layers'
-# shares, is how far the cohort as a whole starts ahead: FedMut's signs cancel, QP-1's do not. `mutation/drift` of the
-# records is that number; FedAvg with server momentum of the same size is the control to compare with.
+# shares, is how far the cohort as a whole starts ahead: FedMut's signs cancel but for α·β_t/2, QP-1's do not.
+# `mutation/drift` of the records is that number; FedAvg with server momentum of the same size is the control to compare with.
 
 # %%
 figure = Figure(figsize=(7, 3.8), layout="constrained")
@@ -122,6 +126,6 @@ for (name, path), style in zip(runs.items(), ("-", "--", "-."), strict=True):
     lines = [line for line in records.read(path) if line.get("mutation/drift") is not None]
     axes.plot([line["round"] for line in lines], [line["mutation/drift"] for line in lines], style, label=name)
     print(f"{name:8s} mean drift {np.mean([line['mutation/drift'] for line in lines[1:]]):+.2f}")
-axes.set(xlabel="round", ylabel="drift (share of the last global update)")
+axes.set(xlabel="round", ylabel="drift (mean coefficient of g)")
 axes.legend()
 display(figure)

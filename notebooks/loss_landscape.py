@@ -68,7 +68,8 @@ for one in inspected:
 # ## Numbers
 #
 # Sharpness is the rise of the loss at a radius: on average over random directions, and at what an adversary finds. The trace
-# of the Hessian is its random counterpart, its largest eigenvalue the adversary's. They need not agree.
+# of the Hessian sums the curvature over all directions, as the random rise does; the largest eigenvalue is the curvature in
+# the worst one, as the adversary's rise is. The two kinds need not agree.
 
 # %%
 Console(width=130).print(side_by_side(inspected))

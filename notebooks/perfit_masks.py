@@ -157,6 +157,7 @@ for panel, share, k in zip(panels, shares, clients, strict=True):
     panel.set(
         title=f"client {k}", xlabel="layer", xticks=range(llama.layers), yticks=range(len(names)), yticklabels=names
     )
+panels[0].set_ylabel("projection (q, v) and side (A, B)")
 figure.colorbar(image, ax=list(panels), label="share of entries kept")
 display(figure)
 

@@ -103,6 +103,6 @@ styles = iter(("-", "--", "-.", ":", (0, (1, 3)), (0, (5, 1))))
 for (variant, rate), rows in frame.groupby(["variant", "local.learning_rate"]):
     curve = rows.groupby("round")["test_loss"].mean()
     axes.plot(curve.index, curve, linestyle=next(styles), label=f"{variant}, learning rate {rate}")
-axes.set(xlabel="round", ylabel="test loss, mean over seeds and α")
+axes.set(xlabel="round", ylabel="test loss (nats), mean over seeds and α")
 axes.legend(fontsize=8)
 display(figure)

@@ -6,8 +6,8 @@ of ‖g‖² (or, for `referenced`, Gram matrices) enter.
 
 | form | problem | solution |
 |---|---|---|
-| `nearest` | nearest mutation in the fan of cosine ≥ margin | closed form known, the solver's fallback |
-| `boxed` | the same inside FedMut's box, for the inner product | closed form known, the solver's fallback |
+| `nearest` | moved along g until its cosine is ≥ margin | closed form known, the solver's fallback |
+| `boxed` | nearest in FedMut's box with inner product ≥ margin | closed form known, the solver's fallback |
 | `joint` | the whole cohort, in fan and box, with a given mean coefficient | needs the solver |
 | `referenced` | acute with several reference directions | needs the solver |
 """
