@@ -161,6 +161,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console, settings = Console(), Settings(examples=arguments.examples, replays=1)
     methods = comparison.methods(comparison.load_runs(arguments.runs))
+    console.print(f"opening {len(arguments.runs)} runs; each checkpoint then takes a minute or so on two cores")
     opened = open_all(methods)
     rows = []
     for place in places(opened, arguments.round, arguments.accuracy):

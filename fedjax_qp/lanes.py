@@ -29,9 +29,12 @@ from fedjax_qp.plan import Plan, Workload, longest_lane, plan_together, sample_c
 from fedjax_qp.registry import ConfigurationError
 
 SHARE = 0.8  # of a device's memory; the rest is for copies on their way, and for what the compiler does not count
-_STEPS = (4, 24)  # two trial lengths; their difference is free of a round's fixed costs
+_SHORT, _LONG = 4, 24  # steps of two trial rounds, whose difference is free of a round's fixed costs
 _REPEATS = 5
-_WORSE = 1.3
+_LONG_SECONDS = 1.0  # a long round of slow steps has fewer of them
+_ALL_SECONDS = 6.0  # and is repeated less often
+_WORSE = 1.3  # times the best round: a trial beyond it is the last of its number of devices
+_HOPELESS = 1.1  # times the best round: more lanes of which this much is expected are not tried
 _COHORTS = 50  # sampled cohorts over which the round's length is averaged
 
 
@@ -129,8 +132,9 @@ def memory_budget(settings: EngineSettings) -> Budget:
 def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
     """Measures the candidates (compiling one small program for each) and picks the best.
 
-    For each number of devices it goes upwards in lanes, and ends where a program exceeds the memory, or where a round takes
-    `_WORSE` times as long as the best so far: beyond, lanes only wait.
+    For each number of devices it goes upwards in lanes. It ends where a program exceeds the memory, where a round took
+    `_WORSE` times as long as the best so far, or where the next is expected to be worse: more lanes never make a step's time
+    grow more slowly than before, since a device that is full stays full.
 
     Args:
       experiments: the runs that will share the lanes; one for a run alone.
@@ -146,14 +150,18 @@ def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
         numbers = candidates(clients, devices)
         budget = memory_budget(with_layout(experiments[0], numbers[0], devices).config.engine)
         budget = budget._replace(bytes=int(processes.of_first(budget.bytes)))
+        here: list[LaneTrial] = []
         for place, lanes in enumerate(numbers):
+            if len(here) > 1 and _expected_seconds(experiments, here, lanes) > _HOPELESS * _best(trials).round_seconds:
+                break
             timer = LaneTimer([with_layout(experiment, lanes, devices) for experiment in experiments])
             if timer.bytes > budget.bytes:
                 too_large.append(TooLarge(lanes, devices, timer.bytes, budget, numbers[place + 1 :]))
                 break
-            trials.append(timer.trial())
+            here.append(timer.trial())
+            trials.append(here[-1])
             del timer  # and its data on the device
-            if trials[-1].round_seconds > _WORSE * _best(trials).round_seconds:
+            if here[-1].round_seconds > _WORSE * _best(trials).round_seconds:
                 break
     if not trials:
         raise _nothing_fits(too_large[-1])
@@ -167,6 +175,21 @@ def definite_layout(experiments: Sequence[Experiment]) -> list[Experiment]:
         return list(experiments)
     choice = choose_layout(experiments)
     return [with_layout(experiment, choice.lanes, choice.devices) for experiment in experiments]
+
+
+def _expected_seconds(experiments: Sequence[Experiment], trials: Sequence[LaneTrial], lanes: int) -> float:
+    """The least that a round with more lanes will take, if a step's time grows as between the last two trials."""
+    before, last = trials[-2:]
+    growth = (last.step_seconds - before.step_seconds) / (last.lanes - before.lanes)
+    return (last.step_seconds + max(growth, 0) * (lanes - last.lanes)) * _round_steps(experiments, lanes)[0]
+
+
+def _round_steps(experiments: Sequence[Experiment], lanes: int) -> tuple[float, float]:
+    """Mean steps of a round, and the share of lane-steps that train, over cohorts sampled uniformly, for want of memories."""
+    works = [experiment.work._replace(sampling=None) for experiment in experiments]
+    cohorts = [np.concatenate([sample_cohort(work, round).steps for work in works]) for round in range(_COHORTS)]
+    steps = float(np.mean([longest_lane(cohort, lanes) for cohort in cohorts]))
+    return steps, float(np.mean([cohort.sum() for cohort in cohorts])) / (steps * lanes)
 
 
 def _best(trials: Sequence[LaneTrial]) -> LaneTrial:
@@ -197,30 +220,35 @@ class LaneTimer:
         self.engine = start_shared_engine(experiments)
         states = [_first_state(experiment, self._members()) for experiment in experiments]
         self.state = self.engine.place_state(join_states(states))
-        self.plans = [self.engine.place_plan(self._plan(steps)) for steps in _STEPS]
-        compiled = self.engine.compiled(self.state, self.plans[0])
+        self.plans = {steps: self.engine.place_plan(self._plan(steps)) for steps in (_SHORT, _LONG)}
+        compiled = self.engine.compiled(self.state, self.plans[_SHORT])
         self.bytes = bytes_needed(compiled) + sum(map(self._left_out, experiments))
 
     def __call__(self) -> float:
         """Seconds of one step, measured once."""
-        durations = []
-        for plan in self.plans:
-            started = time.perf_counter()
-            self.state, _ = jax.block_until_ready(self.engine.run(self.state, plan))
-            durations.append(time.perf_counter() - started)
-        short, long = durations
+        (few, short), (many, long) = ((steps, self._seconds(steps)) for steps in self.plans)
         # Noise can exceed the steps of a tiny net; then the whole of the long round is at least no underestimate.
-        return (long - short) / (_STEPS[1] - _STEPS[0]) if long > short else long / _STEPS[1]
+        return (long - short) / (many - few) if long > short else long / many
 
     def trial(self) -> LaneTrial:
-        """The median step, and the number of steps averaged over sampled cohorts; uniform ones, for want of memories."""
-        works = [experiment.work._replace(sampling=None) for experiment in self.experiments]
-        cohorts = [np.concatenate([sample_cohort(work, round).steps for work in works]) for round in range(_COHORTS)]
-        steps = float(np.mean([longest_lane(cohort, self.lanes) for cohort in cohorts]))
-        use = float(np.mean([cohort.sum() for cohort in cohorts])) / (steps * self.lanes)
-        self()  # the first time is not like the others
-        seconds = processes.of_first(float(np.median([self() for _ in range(_REPEATS)])))
+        """The median step, and the steps of a round."""
+        steps, use = _round_steps(self.experiments, self.lanes)
+        repeats = self._shorten()
+        seconds = processes.of_first(float(np.median([self() for _ in range(repeats)])))
         return LaneTrial(self.lanes, self.devices, seconds, steps, use, self.bytes)
+
+    def _seconds(self, steps: int) -> float:
+        started = time.perf_counter()
+        self.state, _ = jax.block_until_ready(self.engine.run(self.state, self.plans[steps]))
+        return time.perf_counter() - started
+
+    def _shorten(self) -> int:
+        """Where steps are slow, and noise matters less, takes fewer of them; returns how often to repeat."""
+        self._seconds(_SHORT)  # the first time is not like the others
+        step = float(processes.of_first(self._seconds(_SHORT))) / _SHORT
+        many = _SHORT + min(max(int(_LONG_SECONDS / step), 2), _LONG - _SHORT)
+        self.plans = {_SHORT: self.plans[_SHORT], many: self.engine.place_plan(self._plan(many))}
+        return min(max(int(_ALL_SECONDS / (step * (_SHORT + many))), 1), _REPEATS)
 
     def _members(self) -> int:
         """Clients of a run that the trial needs: several devices may want more lanes than there are clients."""
@@ -251,14 +279,14 @@ def _first_state(experiment: Experiment, members: int) -> FederatedState:
 
 
 def _trial_work(work: Workload, members: int) -> Workload:
-    """Clients of `max(_STEPS)` steps, with examples of the largest ones."""
+    """Clients of `_LONG` steps, with examples of the largest ones."""
     longest = sorted(range(len(work.parts)), key=lambda client: -len(work.parts[client]))[:members]
-    parts = [np.resize(work.parts[client], work.local.batch_size * max(_STEPS)) for client in longest]
+    parts = [np.resize(work.parts[client], work.local.batch_size * _LONG) for client in longest]
     parts += [parts[0]] * (members - len(parts))
     return work._replace(
         parts=parts,
         participation=dataclasses.replace(work.participation, dropout=0.0, stragglers=0.0, cohort=members),
-        local=dataclasses.replace(work.local, epochs=1, maximum_steps=max(_STEPS)),
+        local=dataclasses.replace(work.local, epochs=1, maximum_steps=_LONG),
         sizes=None,
         sampling=None,
         preparation=work.preparation and work.preparation._replace(charged=0),

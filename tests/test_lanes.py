@@ -68,7 +68,7 @@ def test_a_runs_client_memories_count_though_the_trial_has_fewer(tmp_path):
     params = jax.eval_shape(experiment.model.init, jax.random.key(0))
     one = sum(leaf.size * 4 for leaf in jax.tree.leaves(params))
     timer = timer_of(experiment, 1)
-    beyond = timer.bytes - bytes_needed(timer.engine.compiled(timer.state, timer.plans[0]))
+    beyond = timer.bytes - bytes_needed(timer.engine.compiled(timer.state, timer.plans[min(timer.plans)]))
     members = experiment.config.participation.cohort
     np.testing.assert_allclose(beyond, (len(experiment.work.parts) - members) * one, rtol=0.05)
 
@@ -84,6 +84,15 @@ def test_all_cores_or_one_device_whichever_is_faster(tmp_path, monkeypatch):
     assert "lanes: 2 on 2 devices" in str(choice)
     chosen = with_layout(experiment, choice.lanes, choice.devices).config.engine
     assert (chosen.parallel, chosen.devices, chosen.lanes) == ("shard_map", 2, 2)
+
+
+@pytest.mark.parametrize(("power", "tried"), [(0.0, [1, 2, 3, 4]), (1.2, [1, 2])])
+def test_more_lanes_are_tried_only_while_they_may_win(tmp_path, monkeypatch, power, tried):
+    """On a device that is far from full a step takes as long with more lanes; on a full one longer still than the clients."""
+    monkeypatch.setattr(LaneTimer, "__call__", lambda timer: float(timer.lanes) ** power)
+    choice = choose_layout([made(tmp_path)])
+    assert [trial.lanes for trial in choice.trials] == tried
+    assert choice.lanes == (tried[-1] if power == 0 else 1)
 
 
 @pytest.mark.parametrize(
