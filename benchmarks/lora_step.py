@@ -76,8 +76,8 @@ class Step:
 
 def torch_step(folder: Path, batch: Batch) -> Callable[[], float]:
     """The same step as the usual torch + PEFT loop takes it; returns the loss."""
-    import torch
-    from peft import LoraConfig, get_peft_model
+    import torch  # pyright: ignore[reportMissingImports]  (an extra)
+    from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
