@@ -107,6 +107,6 @@ for (label, part), style in zip(methods.items(), ("-", "--", "-."), strict=True)
         [record["round"] for record in records], [record["test_accuracy"] for record in records], style, label=label
     )
     print(f"{label:16s} mean accuracy of the last 5 rounds: {np.mean([r['test_accuracy'] for r in records[-5:]]):.3f}")
-axes.set(xlabel="round", ylabel="test accuracy")
+axes.set(xlabel="round", ylabel="test accuracy", xticks=range(0, 21, 5))
 axes.legend()
 display(figure)

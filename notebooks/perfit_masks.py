@@ -69,7 +69,7 @@ for half, some in (("base", records[::2]), ("clients", records[1::2])):
     rows = [{"instruction": one.instruction, "input": one.context, "output": one.response} for one in some]
     (folder / f"{half}.json").write_text(json.dumps(rows))
 kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
-(folder / "model" / "tokenizer_config.json").write_text(json.dumps(kind))
+_ = (folder / "model" / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
 # %% [markdown]
@@ -138,7 +138,8 @@ clients = range(len(experiment.task.parts))
 mine = [jax.tree.map(lambda leaf, k=k: leaf[k], masks) for k in clients]
 expanded = sum(leaf.size for leaf in jax.tree.leaves(mine[0]))
 print(f"of {expanded} entries the clients keep {[int(lora.count(mask)) for mask in mine]}")
-print(f"perplexity after aggregation: {chunk.records[-1]['personal']['perplexity']}")
+after = chunk.records[-1]["personal"]["perplexity"]["clients"]
+print(f"perplexity after aggregation, by client: {[round(one) for one in after]}")
 
 # %% [markdown]
 # ## Where the entries go
