@@ -59,8 +59,13 @@ TUNE = {
         )
     ],
 }
-# The other papers' methods. SCAFFOLD and FedDyn are made for plain SGD, so their learning rate is among what is tuned.
+# The other papers' methods. SCAFFOLD and FedDyn are made for plain SGD, so their learning rate is among what is tuned, and
+# FedAvg with plain SGD is their control.
 BASELINES = {
+    "fedavg-sgd": [
+        f"algorithm=fedavg algorithm.weighting=uniform local.momentum=0 local.learning_rate={rate}"
+        for rate in (0.02, 0.05, 0.1, 0.2, 0.3)
+    ],
     "scaffold": [
         f"algorithm=scaffold local.momentum=0 local.learning_rate={rate} algorithm.server_learning_rate={server}"
         for rate, server in ((0.02, 1), (0.05, 1), (0.1, 1), (0.2, 1), (0.1, 0.5))
