@@ -16,7 +16,7 @@ from measure import TimedRounds, write_rows
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import build, with_layout
-from fedjax_qp.lanes import LaneTimer
+from fedjax_qp.lanes import LaneTimer, sampled_steps
 
 LANES = (1, 2, 3, 5, 10)
 
@@ -33,7 +33,8 @@ def main() -> None:
     experiment = build(configuration.load(arguments.config, overrides))
     rounds = {lanes: TimedRounds(with_layout(experiment, lanes, 1), lanes, arguments.rounds) for lanes in LANES}
     timers = {lanes: LaneTimer([with_layout(experiment, lanes, 1)]) for lanes in LANES}
-    chosen = min(LANES, key=lambda lanes: timers[lanes].trial().round_seconds)  # what `choose_layout` goes by
+    cohorts = sampled_steps([experiment])
+    chosen = min(LANES, key=lambda lanes: timers[lanes].trial(cohorts).round_seconds)  # what `choose_layout` goes by
     seconds: dict[int, list[float]] = {lanes: [] for lanes in LANES}
     steps: dict[int, list[float]] = {lanes: [] for lanes in LANES}
     for _ in range(arguments.repeats):  # in turn, so that a slow minute hits all alike

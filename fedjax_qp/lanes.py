@@ -144,6 +144,7 @@ def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
     """
     config = experiments[0].config
     clients = len(experiments) * config.participation.cohort
+    cohorts = sampled_steps(experiments)
     trials: list[LaneTrial] = []
     too_large: list[TooLarge] = []
     for devices in choices(config.engine, clients):
@@ -152,13 +153,13 @@ def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
         budget = budget._replace(bytes=int(processes.of_first(budget.bytes)))
         here: list[LaneTrial] = []
         for place, lanes in enumerate(numbers):
-            if len(here) > 1 and _expected_seconds(experiments, here, lanes) > _HOPELESS * _best(trials).round_seconds:
+            if len(here) > 1 and _expected_seconds(cohorts, here, lanes) > _HOPELESS * _best(trials).round_seconds:
                 break
             timer = LaneTimer([with_layout(experiment, lanes, devices) for experiment in experiments])
             if timer.bytes > budget.bytes:
                 too_large.append(TooLarge(lanes, devices, timer.bytes, budget, numbers[place + 1 :]))
                 break
-            here.append(timer.trial())
+            here.append(timer.trial(cohorts))
             trials.append(here[-1])
             del timer  # and its data on the device
             if here[-1].round_seconds > _WORSE * _best(trials).round_seconds:
@@ -177,17 +178,21 @@ def definite_layout(experiments: Sequence[Experiment]) -> list[Experiment]:
     return [with_layout(experiment, choice.lanes, choice.devices) for experiment in experiments]
 
 
-def _expected_seconds(experiments: Sequence[Experiment], trials: Sequence[LaneTrial], lanes: int) -> float:
+def sampled_steps(experiments: Sequence[Experiment]) -> list[np.ndarray]:
+    """Steps of each client of some rounds; sampled uniformly, for want of memories."""
+    works = [experiment.work._replace(sampling=None) for experiment in experiments]
+    return [np.concatenate([sample_cohort(work, round).steps for work in works]) for round in range(_COHORTS)]
+
+
+def _expected_seconds(cohorts: Sequence[np.ndarray], trials: Sequence[LaneTrial], lanes: int) -> float:
     """The least that a round with more lanes will take, if a step's time grows as between the last two trials."""
     before, last = trials[-2:]
     growth = (last.step_seconds - before.step_seconds) / (last.lanes - before.lanes)
-    return (last.step_seconds + max(growth, 0) * (lanes - last.lanes)) * _round_steps(experiments, lanes)[0]
+    return (last.step_seconds + max(growth, 0) * (lanes - last.lanes)) * _round_steps(cohorts, lanes)[0]
 
 
-def _round_steps(experiments: Sequence[Experiment], lanes: int) -> tuple[float, float]:
-    """Mean steps of a round, and the share of lane-steps that train, over cohorts sampled uniformly, for want of memories."""
-    works = [experiment.work._replace(sampling=None) for experiment in experiments]
-    cohorts = [np.concatenate([sample_cohort(work, round).steps for work in works]) for round in range(_COHORTS)]
+def _round_steps(cohorts: Sequence[np.ndarray], lanes: int) -> tuple[float, float]:
+    """Mean steps of a round, and the share of lane-steps that train a client."""
     steps = float(np.mean([longest_lane(cohort, lanes) for cohort in cohorts]))
     return steps, float(np.mean([cohort.sum() for cohort in cohorts])) / (steps * lanes)
 
@@ -220,20 +225,20 @@ class LaneTimer:
         self.engine = start_shared_engine(experiments)
         states = [_first_state(experiment, self._members()) for experiment in experiments]
         self.state = self.engine.place_state(join_states(states))
-        self.plans = {steps: self.engine.place_plan(self._plan(steps)) for steps in (_SHORT, _LONG)}
+        self.plans = {_SHORT: self.engine.place_plan(self._plan(_SHORT))}  # `trial` adds a long one
         compiled = self.engine.compiled(self.state, self.plans[_SHORT])
         self.bytes = bytes_needed(compiled) + sum(map(self._left_out, experiments))
 
     def __call__(self) -> float:
-        """Seconds of one step, measured once."""
+        """Seconds of one step, measured once; after `trial` has chosen the long round."""
         (few, short), (many, long) = ((steps, self._seconds(steps)) for steps in self.plans)
         # Noise can exceed the steps of a tiny net; then the whole of the long round is at least no underestimate.
         return (long - short) / (many - few) if long > short else long / many
 
-    def trial(self) -> LaneTrial:
-        """The median step, and the steps of a round."""
-        steps, use = _round_steps(self.experiments, self.lanes)
-        repeats = self._shorten()
+    def trial(self, cohorts: Sequence[np.ndarray]) -> LaneTrial:
+        """The median step, and the steps of a round with clients as in `sampled_steps`."""
+        steps, use = _round_steps(cohorts, self.lanes)
+        repeats = self._add_long_plan()
         seconds = processes.of_first(float(np.median([self() for _ in range(repeats)])))
         return LaneTrial(self.lanes, self.devices, seconds, steps, use, self.bytes)
 
@@ -242,8 +247,8 @@ class LaneTimer:
         self.state, _ = jax.block_until_ready(self.engine.run(self.state, self.plans[steps]))
         return time.perf_counter() - started
 
-    def _shorten(self) -> int:
-        """Where steps are slow, and noise matters less, takes fewer of them; returns how often to repeat."""
+    def _add_long_plan(self) -> int:
+        """Of fewer steps where they are slow, and noise matters less; returns how often to repeat."""
         self._seconds(_SHORT)  # the first time is not like the others
         step = float(processes.of_first(self._seconds(_SHORT))) / _SHORT
         many = _SHORT + min(max(int(_LONG_SECONDS / step), 2), _LONG - _SHORT)
