@@ -289,7 +289,7 @@ def _random_masks(like: PyTree, budget: Int[Array, ""], key: Any) -> PyTree:
 
 
 def mask_metrics(masks: PyTree, searched: Bool[Array, ""]) -> dict[str, Array]:
-    """How many entries a client trains, how many of them cannot matter, and what it sends.
+    """How many entries a client trains, what they can express, how many of them cannot matter, and what it sends.
 
     b values travel each way; in a round with a search the dense average down instead, and the mask's bits up besides.
     """
@@ -299,4 +299,5 @@ def mask_metrics(masks: PyTree, searched: Bool[Array, ""]) -> dict[str, Array]:
     metrics = entry_metrics(kept, sent=kept, received=jnp.where(searched, total, kept))
     metrics["client/upload_bytes"] += jnp.where(searched, bits, 0)
     empty = sum(layers.sum() for layers in lora.empty_modules(masks).values())
-    return metrics | {"client/dead_entries": dead.a + dead.b, "client/empty_modules": jnp.asarray(empty)}
+    metrics |= {"client/dead_entries": dead.a + dead.b, "client/empty_modules": jnp.asarray(empty)}
+    return metrics | {"client/product_share": lora.product_share(masks)}

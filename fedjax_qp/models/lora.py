@@ -174,6 +174,15 @@ def count(tree: PyTree) -> Int[Array, ""] | int:
     return sum(leaf.sum() if leaf.dtype == bool else leaf.size for leaf in leaves)
 
 
+def product_share(masks: Adapters) -> Float[Array, ""]:
+    """Returns the share of the products a[i, k]·b[k, j], of which the change to the base is the sum, that masks leave.
+
+    Masks that keep half of a and half of b at random leave a quarter; two whole ranks out of four leave half.
+    """
+    kept = sum((mask["a"].sum(-2).astype(float) * mask["b"].sum(-1)).sum() for mask in masks.values())
+    return jnp.asarray(kept / sum(mask["a"].size * mask["b"].shape[-1] for mask in masks.values()))
+
+
 def empty_modules(masks: Adapters) -> dict[str, Bool[Array, "layers"]]:
     """Tells for each target and layer whether its mask leaves nothing at all of the adapter."""
     return {name: ~(mask["a"].any((-2, -1)) | mask["b"].any((-2, -1))) for name, mask in masks.items()}

@@ -205,12 +205,14 @@ def test_who_never_took_part_is_served_the_dense_average_of_all_groups():
             assert all(mask.all() for mask in jax.tree.leaves(served.masks))
 
 
-def test_empty_and_dead_parts_are_counted():
+def test_empty_and_dead_parts_and_products_are_counted():
     run = played(search="random", rounds=1)
     for client, memory in enumerate(run.memories):
-        dead = empty = 0
+        dead = empty = products = possible = 0
         for module in memory.masks.values():
             a, b = np.asarray(module["a"]), np.asarray(module["b"])
+            products += np.einsum("lik,lkj->", a.astype(int), b.astype(int))
+            possible += a.size * b.shape[-1]
             for layer in range(a.shape[0]):
                 empty += not (a[layer].any() or b[layer].any())
                 for rank in range(2 * RANK):
@@ -218,6 +220,7 @@ def test_empty_and_dead_parts_are_counted():
                     dead += in_a if in_b == 0 else in_b if in_a == 0 else 0
         assert int(run.metrics[0][client]["client/dead_entries"]) == dead
         assert int(run.metrics[0][client]["client/empty_modules"]) == empty
+        assert float(run.metrics[0][client]["client/product_share"]) == pytest.approx(products / possible)
 
 
 def test_what_cannot_work_is_refused():

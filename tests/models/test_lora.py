@@ -119,7 +119,7 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
     assert abs(drawn.mean() - 1000) < 6 and 14 < drawn.std() < 23
 
 
-def test_emptiness_and_death_are_counted():
+def test_emptiness_death_and_products_are_counted():
     masks = {
         "q_proj": {
             "a": np.array([[[1, 1], [0, 1]], [[0, 0], [0, 0]]], bool),  # [layers 2, inputs 2, rank 2]
@@ -132,3 +132,4 @@ def test_emptiness_and_death_are_counted():
     dead = lora.dead_entries(jax.tree.map(jnp.asarray, masks))
     assert (int(dead.a), int(dead.b)) == (2, 1)  # layer 0: a's second rank; v's only entry of b
     assert int(lora.count(masks)) == 3 + 2 + 1
+    assert float(lora.product_share(jax.tree.map(jnp.asarray, masks))) == pytest.approx(2 / (24 + 4))
