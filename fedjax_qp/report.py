@@ -196,9 +196,12 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
             f"The mutations' mean coefficient is {DRIFT_LIMIT} or more in {len(large)} rounds, at most {worst:.2f} "
             f"(round {at}): from there on a run may diverge."
         )
-    fallbacks = sum(line.get("qp/fallbacks") or 0 for line in lines)
-    if fallbacks:
-        found.append(f"{fallbacks:g} quadratic programs did not converge and fell back to a closed form.")
+    failures = sum(line.get("qp/failures") or 0 for line in lines)
+    if failures:
+        found.append(
+            f"{failures:g} quadratic programs missed the tolerance: forms nearest and box then took the closed form, joint "
+            "and references the solver's best."
+        )
     residuals = [line["qp/residual"] for line in lines if isinstance(line.get("qp/residual"), int | float)]
     if max(residuals, default=0) > _RESIDUAL:
         found.append(f"The quadratic programs' largest residual is {max(residuals):.1e}, above {_RESIDUAL:.0e}.")

@@ -200,7 +200,8 @@ def _warn_of_drift(console: Console, opened: Sequence[OpenRun]) -> None:
             run.warned = True
             console.print(
                 f"warning: the mutations' mean coefficient is {drift:.2f} in round {worst['round']}; from {DRIFT_LIMIT} on "
-                "the run may diverge. Lower algorithm.alpha, or set algorithm.max_drift."
+                "the run may diverge. Lower algorithm.alpha; FedQP's forms nearest and box also have algorithm.max_drift, "
+                "form joint has algorithm.drift."
             )
 
 

@@ -272,7 +272,7 @@ EDGES = st.sampled_from([0.0, 1e-30, 1e-8, 1e-3, 0.5, 1.0, 7.0, 1e8])
 )
 def test_edges(squared_norms, backward, columns, margin, depth):
     """Dominating and vanishing layers, no update at all, margins at their bounds: finite, feasible, solved."""
-    shares = quadratic.geometry(jnp.array(squared_norms)).shares
+    shares = quadratic.shares_of(jnp.array(squared_norms))
     assert jnp.isfinite(shares).all()
     assert float(shares.sum()) == pytest.approx(1 if sum(squared_norms) > 0 else 0, abs=1e-5)
     signs = np.zeros((5, 4), np.float32)
@@ -425,7 +425,7 @@ def test_cosines_and_drift():
     coefficients = jnp.array([[2.0, 2.0], [-1.0, -1.0], [3.0, -1.0], [0.0, 0.0]])
     np.testing.assert_allclose(quadratic.cosines(coefficients, shares), [1, -1, 0, 0], atol=1e-7)
     np.testing.assert_allclose(coefficients.mean(0), [1.0, 0.0])
-    np.testing.assert_allclose(quadratic.geometry(jnp.array([1.0, 3.0])).shares, shares)
+    np.testing.assert_allclose(quadratic.shares_of(jnp.array([1.0, 3.0])), shares)
 
 
 def test_checks_name_value_range_and_remedy():

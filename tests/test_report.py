@@ -114,7 +114,7 @@ def test_the_comparison_holds_the_table_with_paired_differences(tmp_path):
 
 WARNINGS = {
     "mean coefficient is 0.9 or more in 2 rounds, at most 1.25 .round 3.": [0.2, 0.9, 1.25],
-    "3 quadratic programs did not converge": {"qp/fallbacks": 3},
+    "3 quadratic programs missed the tolerance": {"qp/failures": 3},
     "largest residual is 1.0e-03": {"qp/residual": 1e-3},
     "No training loss in 1 rounds .the first is 2.": {"train_loss": None},
     "last accuracy is 20.0 points below the best .round 2.": {"test_accuracy": 0.7},

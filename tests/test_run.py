@@ -54,7 +54,7 @@ def test_a_run_leaves_everything_behind(finished):
     lines = records.read(finished)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     wanted = {"test_accuracy", "test_loss", "class_accuracy", "client_accuracy", "train_loss", "mutation/drift"}
-    wanted |= {"qp/residual", "qp/iterations", "qp/fallbacks", "qp/corrected_share", "mutation/cosine_before"}
+    wanted |= {"qp/residual", "qp/iterations", "qp/failures", "qp/corrected_share", "mutation/cosine_before"}
     wanted |= {"mutation/cosine_after", "update/cosine_between_clients"}
     assert wanted <= lines[-1].keys()
     assert lines[-1]["test_accuracy"] > lines[0]["test_accuracy"]
@@ -64,7 +64,7 @@ def test_the_solver_ran_inside_the_compiled_round(finished):
     lines = records.read(finished)
     assert lines[0]["qp/iterations"] == 0 or lines[0]["mutation/drift"] == 0  # nothing to correct in round 1
     assert all(line["qp/iterations"] >= 1 and line["qp/residual"] <= 1e-4 for line in lines[1:])
-    assert all(line["qp/fallbacks"] == 0 for line in lines)  # so the residuals are those of jaxopt's answers
+    assert all(line["qp/failures"] == 0 for line in lines)  # so the residuals are those of jaxopt's answers
     assert min(lines[-1]["mutation/cosine_after"]) >= -1e-5
     assert min(lines[-1]["mutation/cosine_before"]) < -0.01
 

@@ -125,7 +125,12 @@ def fedadam(
     adaptivity: Positive = 1e-3,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """Adam on the server. Deviation: optax corrects the moments' initial bias, algorithm 2 of the paper does not."""
+    """Adam on the server.
+
+    Deviations from algorithm 2 of the paper, all optax's: the moments' initial bias is corrected, and v starts at 0, where
+    the paper asks for at least adaptivity². So first steps are larger (twenty times where the updates are far below
+    `adaptivity`).
+    """
     server_optimizer = optax.adam(server_learning_rate, beta1, beta2, eps=adaptivity)
     return averaging(model, optimizer, server_optimizer, weighting=weighting)
 
@@ -141,6 +146,10 @@ def fedyogi(
     adaptivity: Positive = 1e-3,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """Yogi on the server. Deviation: optax corrects the moments' initial bias, algorithm 2 of the paper does not."""
+    """Yogi on the server.
+
+    Deviations from algorithm 2 of the paper, all optax's: the moments' initial bias is corrected, and both start at 1e-6,
+    whatever `adaptivity` is; the paper asks for 0 and at least adaptivity².
+    """
     server_optimizer = optax.yogi(server_learning_rate, beta1, beta2, eps=adaptivity)
     return averaging(model, optimizer, server_optimizer, weighting=weighting)

@@ -12,7 +12,8 @@ puts the M heaviest groups into a distribution each, and fills these up with the
 
 Deviations: a client with M·p_i ≥ 1, who fits into no group, first fills whole distributions of its own. A client that was
 never drawn is at a right angle to those that were, and at no angle to the others that were not, so that these come together
-(an angle to a zero gradient is not defined; the published code sets it to 0). Ties fall by index.
+(an angle to a zero gradient is not defined; the published code sets it to 0). The published code hands the square table of
+distances to Ward's method, which takes each client's row in it for a point; here they are the distances. Ties fall by index.
 """
 
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def distances(gradients: Gradients, measure: Measure) -> Float[np.ndarray, "pair
     products = np.sum([rows @ rows.T for rows in gradients], axis=0)
     squares = np.diag(products)
     if measure == "L2":
-        table = np.maximum(squares[:, None] + squares - 2 * products, 0)
+        table = np.sqrt(np.maximum(squares[:, None] + squares - 2 * products, 0))
     else:
         never = squares == 0
         lengths = np.sqrt(np.where(never, 1, squares))

@@ -8,11 +8,15 @@ Written without the α that cancels: g_k = −α·D_k, where D_k is the sum of t
 and −h/α is the mean of D_k over *all m* clients. So the server moves by the cohort's mean move and, once more in every round,
 by that mean of all past moves. For α → 0 the clients' work becomes FedAvg's, but the server's does not.
 
+θ^t is what the clients start from and what algorithm 1 returns. The published code tests the cohort's mean model instead,
+1/|P| Σ_P θ_k; `served: average` does so too.
+
 Deviations: the local optimizer is free (the paper: plain SGD, so `local.momentum: 0`), takes the usual number of steps
-instead of going to the minimum, and starts at θ^{t−1}. Batch-norm statistics are averaged over the cohort.
+instead of going to the minimum, and starts at θ^{t−1}. Batch-norm statistics are averaged over the cohort. The published code
+further divides α by the client's share of the examples and adds weight decay; the paper's algorithm does neither.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +44,17 @@ class FeddynState(NamedTuple):
 
 @algorithms.register
 def feddyn(
-    model: Model, optimizer: optax.GradientTransformation, *, alpha: Annotated[float, Field(ge=0)] = 0.01
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    *,
+    alpha: Annotated[float, Field(ge=0)] = 0.01,
+    served: Literal["server", "average"] = "server",
 ) -> Algorithm:
     """FedDyn.
 
     Args:
       alpha: α; the paper's choices are 0.1, 0.01 and 0.001.
+      served: the model that is tested: the server's θ^t, or the mean of the cohort's models. Training does not depend on it.
     """
     training = local_training(model.loss, optimizer)
 
@@ -77,6 +86,11 @@ def feddyn(
         params = add(server.params, mean._replace(trainable=add(mean.trainable, moves)))
         return server._replace(params=params, moves=moves), metrics
 
+    def serve(server: FeddynServer, memory: PyTree) -> Params:
+        if served == "server":
+            return server.params
+        return server.params._replace(trainable=jax.tree.map(jnp.subtract, server.params.trainable, server.moves))
+
     return Algorithm(
         init_server=init_server,
         init_client=init_client,
@@ -85,5 +99,5 @@ def feddyn(
         step=step,
         finish=finish,
         combine=combine,
-        serve=lambda server, memory: server.params,
+        serve=serve,
     )

@@ -9,9 +9,11 @@ As in the published code: G has one hidden layer of ReLUs on (ε, one-hot y) and
 term, exp(−mean over pairs of ‖ε_i − ε_j‖²·|z_i − z_j|, each a mean over entries), against equal features for all noise; it
 keeps its Adam state over the rounds; clients use generated features from the second round on.
 
-Deviations: features are always what the model's last layer sees. No batch norm in G. Equation 5's weight is constant; the
-published code starts at 10 and lets it decay, weights a client's logits by its label counts, and further adds a distillation
-that the paper does not have. G's first weights are the same in all runs.
+Deviations: features are always what the model's last layer sees. No batch norm in G. Equation 5's weight is constant. G's
+first weights are the same in all runs. The published code itself differs from the paper: its noise is uniform in [0, 1] (ours
+is normal, as in the paper, so distances in the diversity term are larger); its labels are uniform in place of p̂(y); G learns
+from each client's own cross-entropy, weighted by the client's label counts, instead of from equation 4's mean logits;
+equation 5's weight starts at 10 and decays, and so does G's learning rate; and clients further distil from their ensemble.
 """
 
 from typing import Annotated, Any, NamedTuple

@@ -4,6 +4,10 @@ Source: Hu et al. 2024, "FedMut: Generalized Federated Learning via Stochastic M
 w_i = w + α·(v_i^1 g_1, …, v_i^L g_L), where g is the last global update, a layer is one parameter array, and the signs
 v_i^l are 1 or −1 + β_t, half of each per layer, with β_t = β_0·max(1 − t/T_b, 0).
 
+Deviations: t counts the rounds before the mutation, so the first mutation has t = 1; in the published code it has t = 0. The
+published code mutates all of a model's state, batch norm's running means and variances included; here they are averaged only,
+since a mutated variance can fall below zero.
+
 A mutant is a linear combination of two trees, so only its coefficients exist per client; the start model is built when a
 lane loads the client, and M models are never stored.
 """
@@ -141,7 +145,8 @@ def fedmut(
         layers = len(jax.tree.leaves(server.update))
         beta = backward_share(beta0, mutation_rounds, server.round)
         coefficients = alpha * mutation_signs(key, members, layers, beta)
-        drift = coefficients.mean()  # the same in all layers
+        moved = layer_squared_norms(server.update).sum() > 0  # in the first round nothing is mutated
+        drift = jnp.where(moved, coefficients.mean(), 0)  # the same in all layers
         metrics = {"mutation/drift": drift, "mutation/drift_largest": drift}
         return Own(coefficients, jnp.zeros((members, 0))), (), metrics
 

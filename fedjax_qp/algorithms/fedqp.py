@@ -5,7 +5,8 @@ Source: the idea of replacing each mutation by the nearest one at an acute angle
 
 The correction happens in `dispatch`, on coefficients: a mutant is x_i = (c_i1 g_1, …, c_iL g_L), and the programs need only
 the layers' shares p_l = ‖g_l‖²/‖g‖² (`quadratic`). The mean coefficient acts as a server momentum ("drift"): recorded in
-every round, and the quantity that the ablations hold fixed.
+every round, and the quantity that the ablations hold fixed. It is the mean over the clients that were sent a mutant: where
+some of them drop out, the mean over those that report differs by chance.
 """
 
 from typing import Annotated, Any, Literal, NamedTuple
@@ -81,10 +82,11 @@ def fedqp(
         does so within FedMut's box |c| ≤ α; "joint" (QP-4) also fixes the cohort's mean at `drift`; "references" (QP-3)
         asks for acute angles with further directions.
       alpha, beta0, mutation_rounds: as in FedMut.
-      margin: τ in [0, 1); 0 is "acute". Minimum cosine for "nearest", minimum inner product in units of α‖g‖² else.
+      margin: τ in [0, 1); 0 is "acute". The smallest cosine for "nearest"; for "box" and "joint" the smallest inner product
+        with g in units of α‖g‖²; for "references" that with each direction of norm 1 in units of α‖g‖.
       drift: μ, the cohort's mean coefficient; "joint" only.
       max_drift: upper limit of a layer's mean coefficient; "nearest" and "box" only. It shifts all mutants back alike,
-        and so may take some of them out of the fan.
+        and so may take some of them out of the fan, and of the box.
       references, references_kept: QP-3's directions besides g: the last round's client updates (at most so many), or
         so many of the last global updates.
       epsilon: regularisation of QP-3's dual.
@@ -92,8 +94,8 @@ def fedqp(
         x_i' = r_i + mean_j(x_j − r_j); "drift" starts every client at w + mean_j x_j.
 
     Raises:
-      ConfigurationError: margin outside [0, 1); and, when a cohort is dispatched, a drift that a cohort of its size
-        cannot have.
+      ConfigurationError: margin outside [0, 1), or max_drift with another form; and, when a cohort is dispatched with form
+        "joint", a cohort of one or a drift that a cohort of its size cannot have.
     """
     quadratic.check_margin(margin)
     if max_drift is not None and form not in ("nearest", "box"):
@@ -105,7 +107,7 @@ def fedqp(
         if form == "joint":
             quadratic.check_drift(drift, alpha, margin, members)
         squared = layer_squared_norms(server.update)
-        shares = quadratic.geometry(squared).shares
+        shares = quadratic.shares_of(squared)
         beta = backward_share(beta0, mutation_rounds, server.round)
         signs = mutation_signs(key, members, len(shares), beta)
         active = active_mutants(members)
@@ -113,13 +115,13 @@ def fedqp(
         if form == "references":
             directions = reference_directions(server)
             corrected, report, metrics = _correct_by_references(settings, signs, squared, directions, active)
-            rows, along = directions.rows, directions.with_update.sum(1)
+            rows, with_update = directions.rows, directions.with_update
         else:
             coefficients, report = _correct_by_update(settings, signs, shares, active)
-            corrected, rows, along = Own(coefficients, drawn.multipliers), (), jnp.zeros(0)
+            corrected, rows, with_update = Own(coefficients, drawn.multipliers), (), jnp.zeros((0, len(squared)))
             metrics = _fan_metrics(drawn.coefficients, coefficients, shares, active)
         own = _use(use, drawn, corrected, active)
-        return own, rows, {**metrics, **_drift_metrics(own, squared, along), **_solver_metrics(report)}
+        return own, rows, {**metrics, **_drift_metrics(own, squared, with_update), **_solver_metrics(form, report)}
 
     algorithm = mutating(model, optimizer, mutate)
     return _remembering(algorithm, references, references_kept) if form == "references" else algorithm
@@ -161,6 +163,11 @@ def _use(use: Use, drawn: Own, corrected: Own, active: Bool[Array, "M"]) -> Own:
 
 def _active_mean(rows: Float[Array, "M N"], active: Bool[Array, "M"]) -> Float[Array, "N"]:
     return jnp.where(active[:, None], rows, 0).sum(0) / jnp.maximum(active.sum(), 1)
+
+
+def _share(which: Bool[Array, "M"], active: Bool[Array, "M"]) -> Float[Array, ""]:
+    """Of the active mutants."""
+    return (which & active).sum() / jnp.maximum(active.sum(), 1)
 
 
 # --- QP-3: further references -----------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def _correct_by_references(
     metrics = {
         "mutation/cosine_before": _quotient(drawn[:, 0], jnp.sqrt(squared_before)),
         "mutation/cosine_after": _quotient(after[:, 0], jnp.sqrt(jnp.maximum(squared_after, 0))),
-        "qp/corrected_share": _active_mean((multipliers.max(1) > 1e-4 * unit)[:, None] * 1.0, active)[0],
+        "qp/corrected_share": _share(multipliers.max(1) > 1e-4 * unit, active),
     }
     return Own(settings.alpha * signs, multipliers), report, metrics
 
@@ -251,27 +258,29 @@ def _fan_metrics(
         "mutation/cosine_before": quadratic.cosines(drawn, shares),
         # The direction of a mutant that was corrected to nothing is rounding noise.
         "mutation/cosine_after": jnp.where(new_length > 1e-4 * length, quadratic.cosines(corrected, shares), 0),
-        "qp/corrected_share": _active_mean((moved & active)[:, None] * 1.0, active)[0],
+        "qp/corrected_share": _share(moved, active),
     }
 
 
-def _drift_metrics(own: Own, squared: Float[Array, "L"], along: Float[Array, "R"]) -> dict[str, Array]:
-    """The cohort's mean mutation in units of g: ⟨x̄, g⟩/‖g‖², and the largest mean coefficient of a layer.
+def _drift_metrics(own: Own, squared: Float[Array, "L"], with_update: Float[Array, "R L"]) -> dict[str, Array]:
+    """The cohort's mean mutation x̄ in units of g: ⟨x̄, g⟩/‖g‖², and the largest ⟨x̄_l, g_l⟩/‖g_l‖² of a layer.
 
     Args:
       squared: ‖g_l‖² per layer.
-      along: ⟨C_j, g⟩ of the reference directions.
+      with_update: ⟨C_j, g_l⟩ of the reference directions.
     """
     mean = jax.tree.map(lambda rows: rows.mean(0), own)
-    drift = _quotient(mean.coefficients @ squared + mean.multipliers @ along, squared.sum())
-    return {"mutation/drift": drift, "mutation/drift_largest": jnp.where(squared > 0, mean.coefficients, 0).max()}
+    progress = mean.coefficients * squared + mean.multipliers @ with_update
+    drift = _quotient(progress.sum(), squared.sum())
+    return {"mutation/drift": drift, "mutation/drift_largest": _quotient(progress, squared).max()}
 
 
-def _solver_metrics(report: quadratic.Report) -> dict[str, Array]:
+def _solver_metrics(form: Form, report: quadratic.Report) -> dict[str, Array]:
     return {
         "qp/residual": report.residual.max(),
         "qp/iterations": report.iterations.max(),
-        "qp/fallbacks": report.failed.sum(),
+        # "joint" is one problem for the whole cohort.
+        "qp/failures": report.failed.any().astype(int) if form == "joint" else report.failed.sum(),
     }
 
 

@@ -6,8 +6,9 @@ last round, the loss is the cross-entropy plus μ times
 −log exp(sim(z, z_glob)/τ) / (exp(sim(z, z_glob)/τ) + exp(sim(z, z_prev)/τ)), sim being the cosine.
 
 Deviations: features are what the model's last layer sees; the paper puts a projection head of two layers before that layer,
-which would be another model. z_glob and z_prev are computed as in a test (batch norm by running statistics). As in the
-published code, a client's last model is the initial one until it has taken part. `client/loss` contains both terms.
+which would be another model. z_glob and z_prev are computed as in a test (batch norm by running statistics). Until a client
+has taken part, its last model is the initial global one; in the published code it is another random one, of the client's own.
+`client/loss` contains both terms.
 """
 
 from typing import Annotated, Any, NamedTuple

@@ -13,30 +13,28 @@ of ‖g‖² (or, for `referenced`, Gram matrices) enter.
 """
 
 from fedjax_qp.quadratic.geometry import (
-    Geometry,
     Report,
     check_drift,
     check_margin,
     cosines,
     full_precision,
-    geometry,
     joint_feasible_range,
+    shares_of,
 )
 from fedjax_qp.quadratic.joint import joint
 from fedjax_qp.quadratic.references import referenced
 from fedjax_qp.quadratic.single import boxed, nearest
 
 __all__ = [
-    "Geometry",
     "Report",
     "boxed",
     "check_drift",
     "check_margin",
     "cosines",
     "full_precision",
-    "geometry",
     "joint",
     "joint_feasible_range",
     "nearest",
     "referenced",
+    "shares_of",
 ]

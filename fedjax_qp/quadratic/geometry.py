@@ -33,12 +33,6 @@ def full_precision(function: Callable[Arguments, Result]) -> Callable[Arguments,
     return wrapped
 
 
-class Geometry(NamedTuple):
-    """The global update as the problems see it."""
-
-    shares: Float[Array, "L"]  # p_l, sum 1; all zero where there is no global update
-
-
 class Report(NamedTuple):
     """How the solver did; one entry per mutant (of a joint problem the same in each)."""
 
@@ -47,14 +41,14 @@ class Report(NamedTuple):
     failed: Bool[Array, "M"]  # the solver missed `accepted_residual`; the closed form took over where one exists
 
 
-def geometry(squared_norms: Float[Array, "L"]) -> Geometry:
-    """Returns the layers' shares of ‖g‖²; zeros where ‖g‖ = 0, and then nothing should be mutated.
+def shares_of(squared_norms: Float[Array, "L"]) -> Float[Array, "L"]:
+    """Returns the layers' shares p_l of ‖g‖², of sum 1; zeros where ‖g‖ = 0, and then nothing should be mutated.
 
     Args:
       squared_norms: ‖g_l‖² of every layer.
     """
     total = squared_norms.sum()
-    return Geometry(jnp.where(total > 0, squared_norms / jnp.where(total > 0, total, 1), 0))
+    return jnp.where(total > 0, squared_norms / jnp.where(total > 0, total, 1), 0)
 
 
 @full_precision
@@ -83,8 +77,8 @@ def check_margin(margin: float) -> None:
     """Raises ConfigurationError unless 0 ≤ margin < 1. An array was checked when its run was configured."""
     if not isinstance(margin, jax.Array) and not 0 <= margin < 1:
         raise ConfigurationError(
-            f"margin = {margin} is not in [0, 1): it is the smallest cosine that a mutation may make with the global "
-            f"update. Use 0 for 'acute', or a value such as 0.25."
+            f"margin = {margin} is not in [0, 1): it is how far a mutation must lean towards the global update, for form "
+            "nearest the smallest cosine. Use 0 for 'acute', or a value such as 0.25."
         )
 
 
@@ -98,7 +92,7 @@ def joint_feasible_range(alpha: float, margin: float, slots: int, active: int) -
       active: how many of them are mutated.
     """
     share = active / slots
-    return max(margin, 0.0) * alpha * share, alpha * share
+    return margin * alpha * share, alpha * share
 
 
 def check_drift(drift: float, alpha: float, margin: float, slots: int) -> None:

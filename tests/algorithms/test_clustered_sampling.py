@@ -57,7 +57,7 @@ def test_angles():
 
 def test_distances_add_up_over_arrays():
     gradients = np.random.default_rng(0).normal(size=(4, 5))
-    for measure, metric in (("L2", "sqeuclidean"), ("L1", "cityblock")):
+    for measure, metric in (("L2", "euclidean"), ("L1", "cityblock")):
         np.testing.assert_allclose(distances(np.hsplit(gradients, [2]), measure), pdist(gradients, metric))
 
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 from small import CLIENTS, COHORT, worst_difference
-from small_softmax import RATE, as_matrix, cohorts, first_weights, gradient, trained
+from small_softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
+
+from fedjax_qp.algorithms import algorithms
 
 
-def by_hand(alpha: float) -> np.ndarray:
-    """Algorithm 1 in the paper's own terms, g_k and h."""
+def by_hand(alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 1 in the paper's own terms, g_k and h: the server's model, and the mean of the last cohort's."""
     theta = first_weights()
     h, gradients = np.zeros_like(theta), {}
     for members in cohorts():
@@ -19,12 +21,16 @@ def by_hand(alpha: float) -> np.ndarray:
             results.append(local)
         h = h - alpha / CLIENTS * sum(local - theta for local in results)
         theta = np.mean(results, 0) - h / alpha
-    return theta
+    return theta, np.mean(results, 0)
 
 
 def test_rounds_equal_the_papers():
-    state = trained("feddyn", alpha=0.5)
-    np.testing.assert_allclose(as_matrix(state.server.params.trainable), by_hand(0.5), atol=5e-6)
+    theta, mean = by_hand(0.5)
+    for served, expected in {"server": theta, "average": mean}.items():
+        state = trained("feddyn", alpha=0.5)
+        np.testing.assert_allclose(as_matrix(state.server.params.trainable), theta, atol=5e-6)
+        algorithm = algorithms.build("feddyn", softmax().model, softmax().optimizer, alpha=0.5, served=served)
+        np.testing.assert_allclose(as_matrix(algorithm.serve(state.server, ()).trainable), expected, atol=5e-6)
 
 
 def test_the_servers_term_is_the_mean_of_all_clients_moves():

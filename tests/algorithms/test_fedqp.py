@@ -27,7 +27,10 @@ def server() -> MutationServer:
     leaves, structure = jax.tree.flatten(trainable)
     scales = np.logspace(-1.5, 0.5, len(leaves))
     update = jax.tree.unflatten(structure, [leaf * scale for leaf, scale in zip(leaves, scales, strict=True)])
-    return MutationServer(Params(trainable, {}), update, jnp.int32(60), ())
+    keys = jax.random.split(jax.random.key(11), 3)
+    rows = [jax.tree.map(lambda leaf, k=key: jax.random.normal(k, leaf.shape), update) for key in keys]
+    references = jax.tree.map(lambda *leaves: jnp.stack([*leaves, jnp.zeros_like(leaves[0])]), *rows)  # one empty row
+    return MutationServer(Params(trainable, {}), update, jnp.int32(60), references)
 
 
 def mutants(server: MutationServer, members: int = MEMBERS, name: str = "fedqp", **options) -> tuple[np.ndarray, dict]:
@@ -84,7 +87,7 @@ def test_joint_has_exactly_the_chosen_mean(server, members, drift):
     assert metrics["mutation/drift"] == pytest.approx(drift, abs=1e-5)
 
 
-@pytest.mark.parametrize("form", ["nearest", "box", "joint"])
+@pytest.mark.parametrize("form", ["nearest", "box", "joint", "references"])
 @pytest.mark.parametrize("members", [10, 5])
 def test_ablations_have_the_same_mean(server, form, members):
     corrected, _ = mutants(server, members, form=form)
@@ -100,7 +103,7 @@ def test_ablations_have_the_same_mean(server, form, members):
 
 
 def test_the_odd_client_is_not_corrected(server):
-    for form in ("nearest", "box", "joint"):
+    for form in ("nearest", "box", "joint", "references"):
         rows, _ = mutants(server, 5, form=form)
         np.testing.assert_allclose(rows[-1], 0, atol=1e-6)
 
@@ -114,12 +117,9 @@ def test_max_drift_limits_the_mean(server):
 
 @pytest.mark.parametrize("references", ["clients", "history"])
 def test_referenced_mutants_are_acute_with_every_direction(server, references):
-    keys = jax.random.split(jax.random.key(11), 3)
-    rows = [jax.tree.map(lambda leaf, k=key: jax.random.normal(k, leaf.shape), server.update) for key in keys]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack([*leaves, jnp.zeros_like(leaves[0])]), *rows)  # one empty row
-    remembering = server._replace(references=stacked)
     drawn, _ = mutants(server, name="fedmut")
-    made, metrics = mutants(remembering, form="references", references=references, references_kept=4)
+    made, metrics = mutants(server, form="references", references=references, references_kept=4)
+    rows = [jax.tree.map(lambda leaf, i=index: leaf[i], server.references) for index in range(3)]
     directions = np.stack([vector(server.update), *(vector(row) for row in rows)])
     before = np.stack([cosines(drawn, direction) for direction in directions])
     assert before.min() < -0.1
@@ -129,6 +129,11 @@ def test_referenced_mutants_are_acute_with_every_direction(server, references):
     clear = np.linalg.norm(made, axis=1) > 0.05 * ALPHA * np.linalg.norm(g)
     np.testing.assert_allclose(metrics["mutation/cosine_after"][clear], cosines(made, g)[clear], atol=1e-4)
     assert metrics["mutation/drift"] == pytest.approx(made.mean(0) @ g / (g @ g), abs=1e-4)
+    ends = np.cumsum([leaf.size for leaf in jax.tree.leaves(server.update)])[:-1]
+    by_layer = [
+        mean @ part / (part @ part) for mean, part in zip(np.split(made.mean(0), ends), np.split(g, ends), strict=True)
+    ]
+    assert metrics["mutation/drift_largest"] == pytest.approx(max(by_layer), rel=1e-3)
 
 
 def test_client_references_are_results_minus_the_last_global_model(server):
@@ -176,10 +181,15 @@ def test_when_nothing_points_backward_it_is_fedmut():
 
 
 def test_without_an_update_nothing_is_mutated_and_all_numbers_are_finite(server):
-    still = server._replace(update=jax.tree.map(jnp.zeros_like, server.update))
-    for form in ("nearest", "box", "joint"):
-        rows, metrics = mutants(still, form=form)
+    zero = {"update": server.update, "references": server.references}
+    still = server._replace(**jax.tree.map(jnp.zeros_like, zero))
+    for name, options in (
+        ("fedmut", {}),
+        *(("fedqp", {"form": form}) for form in ("nearest", "box", "joint", "references")),
+    ):
+        rows, metrics = mutants(still, name=name, **options)
         assert np.abs(rows).max() == 0
+        assert metrics["mutation/drift"] == metrics["mutation/drift_largest"] == 0
         assert all(np.isfinite(value).all() for value in metrics.values())
 
 
