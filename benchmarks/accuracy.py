@@ -28,7 +28,6 @@ from fedjax_qp import config as configuration
 from fedjax_qp import records
 from fedjax_qp.cache import keep_programs
 from fedjax_qp.plots import plot_comparison
-from fedjax_qp.run_folder import FAILURE
 from fedjax_qp.together import run_together
 
 TUNE = {
@@ -99,7 +98,7 @@ def _is_finished(folder: Path, rounds: int) -> bool:
 
 def score(folder: Path, last: int) -> float:
     """Mean accuracy of the last evaluations; 0 for a run that diverged."""
-    if (folder / FAILURE).exists():
+    if (folder / records.FAILURE).exists():
         return 0.0
     accuracies = [line["test_accuracy"] for line in records.read(folder) if "test_accuracy" in line]
     return sum(accuracies[-last:]) / len(accuracies[-last:])
@@ -139,7 +138,7 @@ def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
                 "setting": setting,
                 "accuracy": score(outcome.folder, TUNED_LAST),
                 "drift": mean_drift(outcome.folder),
-                "diverged": (outcome.folder / FAILURE).exists(),
+                "diverged": (outcome.folder / records.FAILURE).exists(),
             }
             for setting, outcome in zip(settings, run_together(configs, console), strict=True)
         ]
@@ -172,7 +171,7 @@ def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str
         for config in configs:
             if _is_finished(config.run_folder, config.rounds):
                 folders.append(config.run_folder)
-            elif (config.run_folder / FAILURE).exists():
+            elif (config.run_folder / records.FAILURE).exists():
                 diverged.append(config.run_folder.name)
         report(arguments, phase, folders, diverged, console)
 
@@ -234,6 +233,11 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.tuned and arguments.phase == "tune":
         parser.error("--tuned takes over another task's settings; leave it out to tune.")
+    known = {*TUNE, *BASELINES}
+    if arguments.phase == "tune" and (unknown := set(arguments.methods or ()) - known):
+        parser.error(
+            f"--methods {' '.join(sorted(unknown))}: choose among {' '.join(known)}, settings before --methods."
+        )
     arguments.only_report = arguments.phase == "report"
     keep_programs()
     console = Console()
@@ -247,6 +251,8 @@ def main() -> None:
     else:
         methods = compared(found["chosen"], found["scores"])
     if arguments.methods:
+        if unknown := [label for label in arguments.methods if label not in methods]:
+            parser.error(f"--methods {' '.join(unknown)}: choose among {' '.join(methods)}, settings before --methods.")
         methods = {label: methods[label] for label in arguments.methods}
     forms = [label for label in methods if label.startswith("fedqp-")]
     long = {label: methods[label] for label in ("fedavg-uniform", "fedmut", *forms[:1]) if label in methods}

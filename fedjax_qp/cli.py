@@ -1,5 +1,6 @@
 """The command line: `fedjax-qp run | resume | sweep | compare | report | inspect | adapters | answer | memory | list`."""
 
+import inspect as inspect_module
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from fedjax_qp.cache import keep_programs
 from fedjax_qp.instruments.settings import Settings, What
-from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
 
 Positional = tyro.conf.Positional
 
@@ -62,6 +63,8 @@ def run(
 
     processes.join(**asdict(several))
     console = processes.console()
+    if seeds is not None and not seeds:
+        raise ConfigurationError("--seeds needs at least one number, for example --seeds 0 1 2.")
     if seeds is not None and processes.count() > 1:
         raise ConfigurationError("--seeds runs in one process: start a run for each seed, or leave the processes out.")
     if seeds is None:
@@ -114,7 +117,7 @@ def sweep(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (),
     try:
         from fedjax_qp.sweep.run import planned, run_sweep
     except ImportError as error:
-        raise ConfigurationError(f"sweeps need more packages ({error}): pip install fedjax_qp[sweep].") from None
+        raise ConfigurationError(f"sweeps need more packages ({error}): pip install -e '.[sweep]'.") from None
     from fedjax_qp.sweep.space import base_values, load
 
     console = Console()
@@ -319,8 +322,13 @@ def memory(
     return 0
 
 
-def list_parts(kind: Positional[Literal["all", "algorithms", "data", "partitions", "models"]] = "all") -> int:
-    """Lists algorithms, data sources, partitions and models with their options and defaults."""
+def list_parts(what: Positional[str] = "all") -> int:
+    """Lists algorithms, data sources, partitions and models with their options and defaults; or explains one of them.
+
+    Args:
+      what: algorithms, data, partitions, models, all; or a name such as fedqp. The settings of a run that belong to none of
+        them are in fedjax_qp/config.py.
+    """
     from fedjax_qp.algorithms import algorithms
     from fedjax_qp.data import character_sources, instruction_sources, partitions, sources
     from fedjax_qp.models import character_models, language_models, models
@@ -332,21 +340,41 @@ def list_parts(kind: Positional[Literal["all", "algorithms", "data", "partitions
         "models": (models, character_models, language_models),
     }
     console = Console()
-    for name, some in registries.items():
-        for registry in some if kind in ("all", name) else ():
-            console.print(_listing(registry))
+    if what in ("all", *registries):
+        for name, some in registries.items():
+            for registry in some if what in ("all", name) else ():
+                console.print(_listing(registry))
+        return 0
+    everything = [registry for some in registries.values() for registry in some]
+    found = [registry for registry in everything if what in registry.names()]
+    if not found:
+        raise unknown_name("part", what, [*registries, *(name for registry in everything for name in registry.names())])
+    for registry in found:
+        console.print(_explanation(registry, what), markup=False, highlight=False)
     return 0
+
+
+def _explanation(registry: Registry, name: str) -> str:
+    """What is written on one entry; an algorithm's file opens with its source and deviations."""
+    function = registry[name]
+    file = inspect_module.getdoc(inspect_module.getmodule(function)) if registry.kind == "algorithm" else None
+    options = ", ".join(_options(registry, name)) or "none"
+    texts = (f"{registry.kind} {name}", file, inspect_module.getdoc(function), f"Options: {options}")
+    return "\n\n".join(text for text in texts if text)
+
+
+def _options(registry: Registry, name: str) -> list[str]:
+    return [
+        key if option.default is option.empty else f"{key}={option.default!r}"
+        for key, option in registry.options(name).items()
+    ]
 
 
 def _listing(registry: Registry) -> Table:
     table = Table("name", "what", "options", title=registry.kind, title_justify="left")
     for name in registry.names():
         first_line = (registry[name].__doc__ or "").strip().split("\n")[0]
-        options = [
-            key if option.default is option.empty else f"{key}={option.default!r}"
-            for key, option in registry.options(name).items()
-        ]
-        table.add_row(name, first_line, ", ".join(options))
+        table.add_row(name, first_line, ", ".join(_options(registry, name)))
     return table
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fedjax_qp import config as configuration
 from fedjax_qp import records as recorded
+from fedjax_qp.records import ENDED, FAILURE
 from fedjax_qp.registry import ConfigurationError, unknown_name
 
 # Where and how a run was computed; its results do not depend on it. `engine.lanes` is even measured anew in each run.
@@ -76,6 +77,7 @@ class Row(NamedTuple):
     drift: Spread | None  # mean over rounds of the mutations' mean coefficient
     difference: Difference | None  # of `accuracy`; None without a baseline and for the baseline itself
     unequal: list[str]  # what besides the algorithm differs from the baseline (or the first method)
+    unfinished: list[str]  # runs that diverged or did not come to their end
 
 
 def load_runs(folders: Iterable[Path]) -> list[Run]:
@@ -200,7 +202,17 @@ def _row(method: Method, base: Method | None, reference: Method, last: int, targ
         drift=over_seeds(_drift),
         difference=None if base is None or base is method else _difference(method, base, accuracy),
         unequal=_unequal(method, reference),
+        unfinished=[f"seed {_seed(run)} {state}" for run in method.runs if (state := unfinished(run)) is not None],
     )
+
+
+def unfinished(run: Run) -> str | None:
+    """Why a run's numbers are not those of a whole run; None where they are."""
+    if (run.folder / FAILURE).exists():
+        return f"diverged after {_finished(run)} rounds"
+    if not (run.folder / ENDED).exists() and _finished(run) < run.config.get("rounds", 0):
+        return f"has {_finished(run)} of {run.config['rounds']} rounds"
+    return None
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -339,8 +351,15 @@ def _shown(spread: Spread | None, *, scale: float = 1, sign: str = "") -> str:
 
 def notes(rows: list[Row]) -> list[str]:
     """Where the comparison is not an equal one."""
+    baselines = [row.difference.baseline for row in rows if row.difference is not None]
+    reference = (baselines or [row.method for row in rows])[0]
     return [
-        f"Not an equal comparison: {row.method} differs in {'; '.join(row.unequal)}." for row in rows if row.unequal
+        *(f"Not whole: {row.method}, {', '.join(row.unfinished)}." for row in rows if row.unfinished),
+        *(
+            f"Not an equal comparison: {reference} → {row.method} differs in {'; '.join(row.unequal)}."
+            for row in rows
+            if row.unequal
+        ),
     ]
 
 

@@ -185,6 +185,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     part's other options: they belonged to another function.
     """
     values = read_mapping(Path(path))
+    if "config" in values and "algorithm" not in values:
+        raise ConfigurationError(f"{path} is a sweep: use `fedjax-qp sweep {path}`.")
     for override in overrides or []:
         assign(values, *parse_override(override))
     return from_dict(values)
@@ -197,9 +199,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
       ConfigurationError: no such file (those there are are named), or it holds something else.
     """
     if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else Path("configs")
-        near = sorted(str(file) for file in folder.glob("*.yaml"))
-        raise ConfigurationError(f"no configuration file {str(path)!r}; there are: {', '.join(near) or 'none here'}.")
+        folder = next(
+            place for place in (path, path.parent, Path("configs")) if place.is_dir() or place == Path("configs")
+        )
+        near = sorted(str(file) for file in folder.glob("[!.]*.yaml"))
+        raise unknown_name("configuration file", str(path), near)
     try:
         values = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:

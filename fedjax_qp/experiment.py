@@ -151,6 +151,10 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     config = settle(resolve(config))
     check_devices(config)
     check_options(config)
+    if config.evaluation.stop_at_target and config.evaluation.target_accuracy is None:
+        raise ConfigurationError(
+            "evaluation.stop_at_target = true, but there is no target: set evaluation.target_accuracy, above 0 and at most 1."
+        )
     task = _build_task(config, like)
     if config.participation.cohort > len(task.parts):
         raise ConfigurationError(
@@ -219,7 +223,24 @@ def check_options(config: Config) -> None:
     Raises:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
-    method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
+    algorithm = method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
+    if algorithm.tunes_adapters and not of_language_model(config):
+        raise ConfigurationError(
+            f"algorithm = {config.algorithm.name!r} tunes the LoRA adapters of a language model, but model = "
+            f"{config.model.name!r} has none: choose model = {' or '.join(language_models.names())} with instruction data, "
+            "or another algorithm such as fedavg."
+        )
+
+
+def advice(experiment: Experiment) -> str | None:
+    """What a user should know of settings that work but hardly are what was meant."""
+    local = experiment.config.local
+    if experiment.algorithm.plain_sgd and local.optimizer == "sgd" and local.momentum > 0:
+        return (
+            f"warning: local.momentum = {local.momentum:g}, but algorithm = {experiment.config.algorithm.name!r} is made for "
+            "plain SGD and may diverge: set local.momentum=0."
+        )
+    return None
 
 
 def _no_model(*arguments: object) -> None:

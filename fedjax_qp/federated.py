@@ -16,10 +16,17 @@ An algorithm is these pure functions and nothing else. It never sees lanes, devi
 clients of a cohort, adds up their uploads and carries their memories. A method that must see every single upload gives
 `combine_each` in place of `combine`, one that draws its own cohorts a `Sampling`.
 
-A complete method, to be put into a file of `algorithms/` (plain averaging; `optimizer` is an optax transformation):
+A complete method, as a file of `algorithms/` (averaging with a server's step; `optimizer` is an optax transformation, and
+keyword-only arguments with types are the method's options):
+
+    import jax
+    import optax
+
+    from fedjax_qp.algorithms import algorithms
+    from fedjax_qp.federated import Algorithm, Params
 
     @algorithms.register
-    def plain_average(model, optimizer) -> Algorithm:
+    def damped_average(model, optimizer, *, step_size: float = 1.0) -> Algorithm:
         def step(frozen, shared, carry, batch, key):
             params, state, total = carry
             objective = lambda trainable: model.loss(frozen, params._replace(trainable=trainable), batch, key)
@@ -31,7 +38,8 @@ A complete method, to be put into a file of `algorithms/` (plain averaging; `opt
             return (carry[0], 1.0), memory, {"client/loss": carry[2] / client.steps}
 
         def combine(server, total, key):
-            return jax.tree.map(lambda leaf: leaf / total[1], total[0]), {}
+            move = lambda old, summed: old + step_size * (summed / total[1] - old)
+            return jax.tree.map(move, server, total[0]), {}
 
         return Algorithm(
             init_server=lambda params, clients: params,
@@ -149,6 +157,8 @@ class Algorithm(NamedTuple):
     preparation: Preparation | None = None  # with `prepare`
     tuned: Callable | None = None  # (server, memory) -> Params as the client itself left them, where memory keeps them
     sampling: Sampling | None = None
+    tunes_adapters: bool = False  # of a language model; nothing else has what it works on
+    plain_sgd: bool = False  # its equations take local steps without momentum for granted
 
 
 class RoundKeys(NamedTuple):

@@ -24,6 +24,9 @@ from fedjax_qp.plan import Plan
 from fedjax_qp.registry import ConfigurationError
 
 FILE = "records.jsonl"
+# Beside it, once a run goes no further:
+FAILURE = "failure.json"  # it diverged
+ENDED = "ended.json"  # why, and after which round
 VIEWS = ("personal", "tuned")
 _QUANTILES = {"q05": 0.05, "q10": 0.10, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q90": 0.90, "q95": 0.95}
 

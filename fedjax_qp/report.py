@@ -29,8 +29,9 @@ from fedjax_qp.compare_personal import COLUMNS as PERSONAL_COLUMNS
 from fedjax_qp.compare_personal import has_personal, personal_cells, personal_summary
 from fedjax_qp.experiment import defaults
 from fedjax_qp.plots import plot_comparison, plot_run
+from fedjax_qp.records import ENDED, FAILURE
 from fedjax_qp.run import DRIFT_LIMIT
-from fedjax_qp.run_folder import ENDED, FAILURE, TIMES
+from fedjax_qp.run_folder import TIMES
 from fedjax_qp.together import SHARED
 
 _FALLEN = 0.05  # of accuracy below the best: worth a warning
@@ -186,7 +187,7 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
     failure = _json(run.folder / FAILURE)
     if failure:
         found.append(f"The run diverged. {failure.get('message', '')}")
-    elif not (run.folder / ENDED).exists() and _done(run) < run.config.get("rounds", 0):
+    elif compare.unfinished(run) is not None:
         found.append(f"Unfinished: {_done(run)} of {run.config['rounds']} rounds.")
     drifts = [(line.get("mutation/drift_largest", line.get("mutation/drift")) or 0, line["round"]) for line in lines]
     large = [drift for drift in drifts if drift[0] >= DRIFT_LIMIT]

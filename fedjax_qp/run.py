@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from fedjax_qp import config as configuration
-from fedjax_qp import processes
+from fedjax_qp import processes, records
 from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config
 from fedjax_qp.data import print_table, summary
-from fedjax_qp.experiment import Experiment, build, first_state, with_layout
+from fedjax_qp.experiment import Experiment, advice, build, first_state, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_layout
 from fedjax_qp.registry import ConfigurationError
@@ -48,8 +48,8 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     folder = config.run_folder
     if (folder / "config.yaml").exists():
         raise ConfigurationError(
-            f"{folder} already holds a run: continue it with `fedjax-qp resume {folder}`, or choose another name, seed or "
-            "folder."
+            f"{folder} already holds a run{_held(folder, config)}: continue it with `fedjax-qp resume {folder}`, or choose "
+            "another name, seed or folder."
         )
     check_trackers(config)
     processes.meet("the folder is new")
@@ -70,6 +70,12 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     return _alone(experiment, folder, first_state(experiment), console, startup)
 
 
+def _held(folder: Path, config: Config) -> str:
+    """Of what algorithm a folder's run is, where it is not the one that was to go there."""
+    held = configuration.load(folder / "config.yaml").algorithm.name
+    return "" if held == config.algorithm.name else f" of another algorithm ({held})"
+
+
 def resume(folder: Path, overrides: list[str] | None = None, console: Console | None = None) -> Outcome:
     """Continues a run from its newest checkpoint, with the configuration in its folder.
 
@@ -87,6 +93,7 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
     config = configuration.load(file, overrides)
     changed = configuration.differences(configuration.to_dict(configuration.load(file)), configuration.to_dict(config))
     _check_changes(changed)
+    _check_rounds(config, folder)
     check_trackers(config)
     experiment = build(config)
     startup.done("data")
@@ -140,6 +147,14 @@ def _check_changes(changed: list[str]) -> None:
         )
 
 
+def _check_rounds(config: Config, folder: Path) -> None:
+    lines = records.read(folder) if (folder / records.FILE).exists() else []
+    if lines and config.rounds < lines[-1]["round"]:
+        raise ConfigurationError(
+            f"rounds = {config.rounds} is less than the {lines[-1]['round']} that are in {folder}: choose at least those."
+        )
+
+
 def continue_runs(
     experiments: Sequence[Experiment],
     folders: Sequence[Path],
@@ -157,6 +172,8 @@ def continue_runs(
     """
     done = int(states[0].round)
     say = partial(console.print, markup=False, highlight=False)
+    for warning in dict.fromkeys(filter(None, map(advice, experiments))):
+        say(warning)
     with contextlib.ExitStack() as stack:
         pairs = zip(experiments, folders, strict=True)
         opened = [stack.enter_context(OpenRun(experiment.config, folder, done, say)) for experiment, folder in pairs]

@@ -16,15 +16,13 @@ from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition
 from fedjax_qp.experiment import Experiment, environment
 from fedjax_qp.plots import plot_run
-from fedjax_qp.records import Recorder
+from fedjax_qp.records import ENDED, FAILURE, Recorder
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.simulate import Chunk, NonFiniteLoss
 from fedjax_qp.trackers import Trackers
 
-FAILURE = "failure.json"  # in the folder of a run that diverged
-ENDED = "ended.json"  # of one that goes no further: why, and after which round
 TIMES = (
-    "times.jsonl"  # a line a chunk: its last round, and seconds since the one before it (or since the process began it)
+    "times.jsonl"  # a line a chunk: its last round, and seconds since the one before it, or since the process began it
 )
 
 
@@ -69,13 +67,13 @@ class OpenRun:
         self._writes = processes.first()
         self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
         processes.meet("the records are read")  # before the first process cuts them off
-        if self._writes:
-            for mark in (FAILURE, ENDED):
-                (self.folder / mark).unlink(missing_ok=True)
         self._recorder = Recorder(self.folder, resume_round=done or None) if self._writes else None
         self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.config.checkpoints.keep)
         finished = "finished" if done >= config.rounds else None
         self.reason = stop_reason(self.history, self.config.evaluation) or finished  # an ended run stays ended
+        if self._writes and self.reason is None:
+            for mark in (FAILURE, ENDED):
+                (self.folder / mark).unlink(missing_ok=True)
         self.error: NonFiniteLoss | None = None
         self.warned = False
         self._trackers = Trackers(config, folder, self.history, report) if self._writes else None

@@ -157,7 +157,8 @@ def simulate_together(
 def _nonfinite(experiment: Experiment, round: int, clients: list[int]) -> NonFiniteLoss:
     return NonFiniteLoss(
         f"the training loss is not finite in round {round}, clients {clients}: lower local.learning_rate (now "
-        f"{experiment.config.local.learning_rate}), the mutation's length, or set local.clip_norm."
+        f"{experiment.config.local.learning_rate}), local.momentum or, with fedmut and fedqp, algorithm.alpha, or set "
+        "local.clip_norm."
     )
 
 

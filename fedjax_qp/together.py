@@ -28,9 +28,10 @@ from fedjax_qp.experiment import (
 )
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_layout
+from fedjax_qp.records import ENDED
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import Outcome, continue_runs
-from fedjax_qp.run_folder import ENDED, begin_folder, make_folder
+from fedjax_qp.run_folder import begin_folder, make_folder
 from fedjax_qp.startup import Startup
 from fedjax_qp.trackers import check_trackers
 

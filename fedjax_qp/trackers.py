@@ -65,7 +65,7 @@ def check_trackers(config: Config) -> None:
     for name, package in _PACKAGES.items():
         if getattr(config.tracking, name) is not None and importlib.util.find_spec(package) is None:
             raise ConfigurationError(
-                f"tracking.{name} needs the package {package}: pip install fedjax_qp[trackers], or set tracking.{name}=null."
+                f"tracking.{name} needs the package {package}: pip install -e '.[trackers]', or set tracking.{name}=null."
             )
 
 

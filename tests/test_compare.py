@@ -148,11 +148,23 @@ def test_unequal_settings_are_part_of_the_result(tmp_path):
     rows = compare.summary(compare.load_runs(folders))
     assert rows[0].unequal == []
     assert rows[1].unequal == ["data.name: 'digits' → 'mnist5k'", "rounds: 4 → 9", "rounds finished: 2 → 1"]
-    assert "Not an equal comparison: b differs in data.name" in compare.to_markdown(rows)
+    assert "Not an equal comparison: a → b differs in data.name" in compare.to_markdown(rows)
     assert "Not an equal comparison" in shown(rows)
     swapped = compare.summary(compare.load_runs(folders), baseline="b")
     assert swapped[1].unequal == []
     assert "rounds: 9 → 4" in swapped[0].unequal
+
+
+def test_runs_that_are_not_whole_are_named(tmp_path):
+    folders = [made_run(tmp_path, "a", seed, [0.5, 0.5], rounds=2) for seed in range(4)]
+    (folders[1] / "failure.json").write_text("{}")
+    (folders[2] / "records.jsonl").write_text((folders[2] / "records.jsonl").read_text().splitlines()[0] + "\n")
+    (folders[3] / "records.jsonl").write_text("")
+    (row,) = compare.summary(compare.load_runs(folders))
+    assert row.unfinished == ["seed 1 diverged after 2 rounds", "seed 2 has 1 of 2 rounds", "seed 3 has 0 of 2 rounds"]
+    assert "Not whole: a, seed 1 diverged after 2 rounds, seed 2" in compare.to_markdown([row])
+    (folders[2] / "ended.json").write_text("{}")  # it stopped early, as it was told to
+    assert "seed 2" not in str(compare.summary(compare.load_runs(folders))[0].unfinished)
 
 
 def shown(rows: list[compare.Row]) -> str:

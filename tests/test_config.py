@@ -100,6 +100,9 @@ def test_numbers_are_kept_or_refused_by_name(key, value):
         (["algorithm.margin=-0.1"], "margin = -0.1"),
         (["algorithm.form=joint", "algorithm.drift=1.5"], r"drift = 1.5 is not in \[0, 1\]"),
         (["algorithm.form=joint", "algorithm.drift=0.2", "algorithm.margin=0.5"], r"drift = 0.2 is not in \[0.5, 1\]"),
+        (["algorithm=perfit"], "algorithm = 'perfit' tunes the LoRA adapters.*model = 'mlp' has none.*pretrained"),
+        (["algorithm=fedit"], "algorithm = 'fedit' tunes the LoRA adapters.*model = 'mlp' has none"),
+        (["evaluation.stop_at_target=true"], "there is no target: set evaluation.target_accuracy"),
         (["algorithm.form=joint", "algorithm.max_drift=0.5"], "max_drift = 0.5 works with form nearest or box"),
         (["engine.lanes=5"], "engine.lanes = 5 is more than the 4 clients"),
         (["engine.devices=1000"], "engine.devices = 1000, but 8"),
@@ -113,8 +116,10 @@ def test_bad_settings_are_named_with_the_remedy(tmp_path, changes, message):
 
 
 def test_missing_files_and_broken_yaml(tmp_path):
-    with pytest.raises(ConfigurationError, match="no configuration file.*small.yaml"):
+    with pytest.raises(ConfigurationError, match="unknown configuration file.*did you mean .*small.yaml"):
         config.load(write(tmp_path).with_name("smal.yaml"))
+    with pytest.raises(ConfigurationError, match="is a sweep: use `fedjax-qp sweep"):
+        config.load(REPOSITORY / "configs/sweep_mnist_5k.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("name: [")
     with pytest.raises(ConfigurationError, match="not valid YAML"):

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 from test_config import write
 
-from fedjax_qp import config, records
+from fedjax_qp import cli, config, records
 from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.experiment import build, first_state
 from fedjax_qp.registry import ConfigurationError
@@ -70,8 +70,9 @@ def test_the_solver_ran_inside_the_compiled_round(finished):
 
 
 def test_a_second_run_in_the_same_folder_is_refused(finished):
-    with pytest.raises(ConfigurationError, match="already holds a run.*fedjax-qp resume"):
-        run(config.load(finished / "config.yaml"), quiet())
+    for changes, what in (([], "a run: "), (["algorithm=fedavg"], "a run of another algorithm .fedqp.: ")):
+        with pytest.raises(ConfigurationError, match=f"already holds {what}.*fedjax-qp resume"):
+            run(config.load(finished / "config.yaml", changes), quiet())
 
 
 def test_more_rounds_continue_where_the_run_ended(finished, tmp_path):
@@ -88,6 +89,16 @@ def test_more_rounds_continue_where_the_run_ended(finished, tmp_path):
 def test_a_change_of_the_past_is_refused_by_name(finished):
     with pytest.raises(ConfigurationError, match="algorithm.alpha: 1.0 → 2.*local.learning_rate: 0.05 → 0.1"):
         resume(finished, ["algorithm.alpha=2", "local.learning_rate=0.1"], quiet())
+
+
+def test_fewer_rounds_than_were_run_are_refused_and_leave_everything_as_it_was(finished):
+    def contents() -> dict[str, bytes]:
+        return {str(file): file.read_bytes() for file in finished.rglob("*") if file.is_file()}
+
+    before = contents()
+    with pytest.raises(ConfigurationError, match="rounds = 3 is less than the 4 that are in .*at least those"):
+        resume(finished, ["rounds=3"], quiet())
+    assert contents() == before
 
 
 def test_resuming_nothing_says_so(tmp_path):
@@ -141,6 +152,18 @@ def test_a_drift_near_one_is_warned_of(tmp_path):
     output = Console(file=io.StringIO(), width=200)
     run(config.load(write(tmp_path), ["algorithm.form=joint", "algorithm.alpha=2", "algorithm.drift=0.95"]), output)
     assert "mean coefficient is 0.95" in output.file.getvalue()
+
+
+def test_momentum_with_a_method_for_plain_sgd_is_warned_of(tmp_path):
+    import io
+
+    for momentum, expected in ((0.5, True), (0, False)):
+        output = Console(file=io.StringIO(), width=200)
+        changes = ["rounds=1", f"local.momentum={momentum}", f"name=momentum-{momentum}"]
+        run(config.load(write(tmp_path, algorithm="scaffold"), changes), output)
+        assert (
+            "local.momentum = 0.5, but algorithm = 'scaffold' is made for plain SGD" in output.file.getvalue()
+        ) == expected
 
 
 def test_early_stop_at_the_target_and_without_progress(tmp_path):
@@ -259,3 +282,19 @@ def test_errors_end_with_one_line_and_status_two(tmp_path):
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 2
     assert "did you mean fedmut" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("partitions", ["dirichlet", "minimum=10"]),
+        ("scaffold", ["Karimireddy", "server_learning_rate: η_g", "option='II'"]),
+        ("fedqpp", ["did you mean fedqp"]),
+    ],
+)
+def test_parts_are_listed_and_explained(name, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["list", name])
+    printed = "".join(capsys.readouterr())
+    assert all(words in printed for words in said)
+    assert end.value.code == (2 if "qpp" in name else 0)

@@ -185,6 +185,7 @@ def adapter_averaging(
         combine=combine,
         serve=serve,
         tuned=tuned,
+        tunes_adapters=True,
     )
 
 

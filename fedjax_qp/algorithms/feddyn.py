@@ -100,4 +100,5 @@ def feddyn(
         finish=finish,
         combine=combine,
         serve=serve,
+        plain_sgd=True,
     )

@@ -127,4 +127,5 @@ def flora(
         # No adapters: they were merged, and new ones change nothing before they are trained.
         serve=lambda server, memory: Params((), server.deltas),
         tuned=tuned,
+        tunes_adapters=True,
     )

@@ -243,6 +243,7 @@ def perfit(
         prepare=prepare,
         preparation=Preparation(warm_up + prunings * score_batches, search_every, warm_up),
         tuned=tuned,
+        tunes_adapters=True,
     )
 
 

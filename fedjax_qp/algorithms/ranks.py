@@ -153,4 +153,5 @@ def ranked(
         and (lambda server, uploads, cohort, key: moved(server, combine_each(server, uploads))),
         serve=serve,
         tuned=lambda server, memory: view(server, memory, own=True),
+        tunes_adapters=True,
     )

@@ -123,6 +123,7 @@ def scaffold(
         finish=finish,
         combine=combine,
         serve=lambda server, memory: server.params,
+        plain_sgd=True,
     )
 
 

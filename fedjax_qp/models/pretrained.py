@@ -21,7 +21,7 @@ from fedjax_qp.registry import ConfigurationError
 
 __all__ = ["load_weights", "read_config", "save_weights"]
 
-INSTALL = "pip install 'fedjax_qp[language]'"
+INSTALL = "pip install -e '.[language]'"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Storage types of ordinary weights; quantised ones (integers, 8-bit floats) mean nothing without their scales.

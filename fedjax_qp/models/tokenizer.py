@@ -8,7 +8,7 @@ from typing import Any
 
 from fedjax_qp.registry import ConfigurationError
 
-INSTALL = "pip install 'fedjax_qp[language]'"
+INSTALL = "pip install -e '.[language]'"
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
