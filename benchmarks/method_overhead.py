@@ -2,7 +2,7 @@
 
     python benchmarks/method_overhead.py configs/cifar10_lenet_0.1.yaml partition.path=…
     python benchmarks/method_overhead.py configs/cifar10_resnet18_0.1.yaml partition.path=… \
-        local.epochs=1 local.maximum_steps=2 --rounds 1 --output benchmarks/results/method_overhead_resnet18.jsonl
+        local.epochs=1 local.maximum_steps=1 local.batch_size=10 --output benchmarks/results/method_overhead_resnet18.jsonl
 
 Same rounds, same lanes, methods in turn; the ratio is taken within each turn.
 """

@@ -116,7 +116,7 @@ print(json.dumps({"attempts": attempts, "problems": problems}))
 def interrupted(tmp_path_factory) -> tuple[Path, dict]:
     """The run folder, and what the process said; a proxy that nobody may ask stands in for the network."""
     if not all(map(importlib.util.find_spec, ("wandb", "mlflow"))):
-        pytest.skip("needs fedjax_qp[trackers]")
+        pytest.skip("needs `pip install -e '.[trackers]'`")
     folder = tmp_path_factory.mktemp("runs") / "tracked-seed0"
     folder.mkdir()
     write(folder.parent)
