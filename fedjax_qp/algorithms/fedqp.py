@@ -75,7 +75,8 @@ def fedqp(
 ) -> Algorithm:
     """FedMut with corrected mutations.
 
-    The defaults are the best of our comparison (benchmarks/results/cifar10_lenet_0_1-main.md), not the paper's.
+    The defaults are the best of our comparison at the published local setting (benchmarks/results/cifar10_lenet_0_1-main.md),
+    not the paper's; with plain SGD "joint" at alpha 1 and drift 0.7 was better (…/cifar10_lenet_0_1_sgd-main.md).
 
     Args:
       form: the program (names as in `quadratic`): "nearest" (QP-1) moves each mutant to the fan around g; "box" (QP-2)
