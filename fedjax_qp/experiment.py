@@ -224,7 +224,8 @@ def check_options(config: Config) -> None:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
     algorithm = method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
-    if algorithm.tunes_adapters and not of_language_model(config):
+    fits = _registry("model", config.model.name) is _FITTING[_registry("data", config.data.name)]
+    if algorithm.tunes_adapters and fits and not of_language_model(config):
         raise ConfigurationError(
             f"algorithm = {config.algorithm.name!r} tunes the LoRA adapters of a language model, but model = "
             f"{config.model.name!r} has none: choose model = {' or '.join(language_models.names())} with instruction data, "

@@ -266,7 +266,7 @@ def test_a_missing_library_is_refused_before_the_run(tmp_path, monkeypatch):
     loaded = config.load(write(tmp_path), ["tracking.mlflow={}"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
-        ConfigurationError, match=r"tracking\.mlflow needs.*fedjax_qp\[trackers\].*tracking\.mlflow=null"
+        ConfigurationError, match=r"tracking\.mlflow needs.*pip install -e '.\[trackers\]'.*tracking\.mlflow=null"
     ):
         run(loaded, Console(quiet=True))
     assert not loaded.run_folder.exists()

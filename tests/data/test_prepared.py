@@ -173,7 +173,7 @@ def test_images_of_several_sizes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dataset": "leters"}, r"did you mean letters.*fedjax_qp\[prepare\].*tfds build leters"),
+        ({"dataset": "leters"}, r"did you mean letters.*pip install -e '.\[prepare\]'.*tfds build leters"),
         ({"dataset": "letters:2.0.0"}, "letters:1.0.0"),
         ({"dataset": "letters", "train": "training"}, "split 'training' .* cannot be read.*It has train, test"),
         ({"dataset": "letters", "label": "lable"}, "did you mean label"),
@@ -199,7 +199,9 @@ def test_sets_that_cannot_be_read(tmp_path, options, message):
 
 
 def test_nothing_prepared(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"(?s)TFDS_DATA_DIR.*fedjax_qp\[prepare\].*tfds build cifar10"):
+    with pytest.raises(
+        ConfigurationError, match=r"(?s)TFDS_DATA_DIR.*pip install -e '.\[prepare\]'.*tfds build cifar10"
+    ):
         sources.build("cifar10", folder=str(tmp_path / "nowhere"))
 
 
