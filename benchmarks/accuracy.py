@@ -221,6 +221,12 @@ def write(arguments: argparse.Namespace, phase: str, content: dict) -> None:
     _results(arguments, phase).with_suffix(".json").write_text(json.dumps(content, indent=1))
 
 
+def check_methods(parser: argparse.ArgumentParser, asked: list[str] | None, known: list[str]) -> None:
+    """Ends with an error where a name is unknown, as an override that stands behind `--methods` is."""
+    if unknown := [name for name in asked or () if name not in known]:
+        parser.error(f"--methods {' '.join(unknown)}: choose among {' '.join(known)}; settings stand before --methods.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=[*PHASES, "report"])
@@ -233,15 +239,11 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.tuned and arguments.phase == "tune":
         parser.error("--tuned takes over another task's settings; leave it out to tune.")
-    known = {*TUNE, *BASELINES}
-    if arguments.phase == "tune" and (unknown := set(arguments.methods or ()) - known):
-        parser.error(
-            f"--methods {' '.join(sorted(unknown))}: choose among {' '.join(known)}, settings before --methods."
-        )
     arguments.only_report = arguments.phase == "report"
     keep_programs()
     console = Console()
     if arguments.phase == "tune":
+        check_methods(parser, arguments.methods, [*TUNE, *BASELINES])
         console.print(tune(arguments, console))
         return
     found = tuned(arguments)
@@ -251,8 +253,7 @@ def main() -> None:
     else:
         methods = compared(found["chosen"], found["scores"])
     if arguments.methods:
-        if unknown := [label for label in arguments.methods if label not in methods]:
-            parser.error(f"--methods {' '.join(unknown)}: choose among {' '.join(methods)}, settings before --methods.")
+        check_methods(parser, arguments.methods, list(methods))
         methods = {label: methods[label] for label in arguments.methods}
     forms = [label for label in methods if label.startswith("fedqp-")]
     long = {label: methods[label] for label in ("fedavg-uniform", "fedmut", *forms[:1]) if label in methods}

@@ -199,9 +199,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
       ConfigurationError: no such file (those there are are named), or it holds something else.
     """
     if not path.is_file():
-        folder = next(
-            place for place in (path, path.parent, Path("configs")) if place.is_dir() or place == Path("configs")
-        )
+        folder = next((place for place in (path, path.parent) if place.is_dir()), Path("configs"))
         near = sorted(str(file) for file in folder.glob("[!.]*.yaml"))
         raise unknown_name("configuration file", str(path), near)
     try:
