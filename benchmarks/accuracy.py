@@ -187,7 +187,7 @@ def report(
     baseline = wanted if any(method.label == wanted for method in comparison.methods(runs)) else None
     rows = comparison.summary(runs, last=LAST, target=None, baseline=baseline)
     console.print(comparison.table(rows))
-    stem = _results(arguments, phase)
+    stem = arguments.output or _results(arguments, phase)
     note = f"\nDiverged, and in no mean: {', '.join(diverged)}.\n" if diverged else ""
     stem.with_suffix(".md").write_text(comparison.to_markdown(rows) + note)
     stem.with_suffix(".json").write_text(comparison.to_json(rows))
@@ -235,6 +235,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the phase's own seeds")
     parser.add_argument("--methods", nargs="+", help="only these of the comparison or the tuning")
     parser.add_argument("--tuned", type=Path, help="file of another task's tuning, whose settings are taken over")
+    parser.add_argument("--output", type=Path, help="the report's files, without ending; default by task and phase")
     parser.add_argument("overrides", nargs="*", help="settings to change in all runs")
     arguments = parser.parse_intermixed_args()
     if arguments.tuned and arguments.phase == "tune":

@@ -1,6 +1,5 @@
 """The command line: `fedjax-qp run | resume | sweep | compare | report | inspect | adapters | answer | memory | list`."""
 
-import inspect as inspect_module
 import os
 import sys
 import warnings
@@ -10,11 +9,10 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from fedjax_qp.cache import keep_programs
 from fedjax_qp.instruments.settings import Settings, What
-from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
+from fedjax_qp.registry import ConfigurationError
 
 Positional = tyro.conf.Positional
 
@@ -326,56 +324,14 @@ def list_parts(what: Positional[str] = "all") -> int:
     """Lists algorithms, data sources, partitions and models with their options and defaults; or explains one of them.
 
     Args:
-      what: algorithms, data, partitions, models, all; or a name such as fedqp. The settings of a run that belong to none of
-        them are in fedjax_qp/config.py.
+      what: algorithms, data, partitions, models, all; a name such as fedqp; or a group of settings that belong to none of
+        them, such as local, engine or evaluation.
     """
-    from fedjax_qp.algorithms import algorithms
-    from fedjax_qp.data import character_sources, instruction_sources, partitions, sources
-    from fedjax_qp.models import character_models, language_models, models
+    from fedjax_qp.listing import listing
 
-    registries = {
-        "algorithms": (algorithms,),
-        "data": (sources, character_sources, instruction_sources),
-        "partitions": (partitions,),
-        "models": (models, character_models, language_models),
-    }
-    console = Console()
-    if what in ("all", *registries):
-        for name, some in registries.items():
-            for registry in some if what in ("all", name) else ():
-                console.print(_listing(registry))
-        return 0
-    everything = [registry for some in registries.values() for registry in some]
-    found = [registry for registry in everything if what in registry.names()]
-    if not found:
-        raise unknown_name("part", what, [*registries, *(name for registry in everything for name in registry.names())])
-    for registry in found:
-        console.print(_explanation(registry, what), markup=False, highlight=False)
+    for item in listing(what):
+        Console().print(item, markup=False, highlight=False, soft_wrap=isinstance(item, str))
     return 0
-
-
-def _explanation(registry: Registry, name: str) -> str:
-    """What is written on one entry; an algorithm's file opens with its source and deviations."""
-    function = registry[name]
-    file = inspect_module.getdoc(inspect_module.getmodule(function)) if registry.kind == "algorithm" else None
-    options = ", ".join(_options(registry, name)) or "none"
-    texts = (f"{registry.kind} {name}", file, inspect_module.getdoc(function), f"Options: {options}")
-    return "\n\n".join(text for text in texts if text)
-
-
-def _options(registry: Registry, name: str) -> list[str]:
-    return [
-        key if option.default is option.empty else f"{key}={option.default!r}"
-        for key, option in registry.options(name).items()
-    ]
-
-
-def _listing(registry: Registry) -> Table:
-    table = Table("name", "what", "options", title=registry.kind, title_justify="left")
-    for name in registry.names():
-        first_line = (registry[name].__doc__ or "").strip().split("\n")[0]
-        table.add_row(name, first_line, ", ".join(_options(registry, name)))
-    return table
 
 
 def main(arguments: list[str] | None = None) -> None:

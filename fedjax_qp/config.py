@@ -296,6 +296,12 @@ def check_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
             check_keys(value, inner, f"{prefix}{key}.")
 
 
+def groups() -> dict[str, type]:
+    """The groups of settings of a run that are not parts, by name."""
+    found = {field.name: _group(field.type) for field in dataclasses.fields(Config)}
+    return {name: group for name, group in found.items() if group is not None}
+
+
 def _group(annotation: Any) -> type | None:
     """The dataclass of a group of settings, also of one that may be null."""
     options = get_args(annotation) if isinstance(annotation, UnionType) else ()

@@ -17,7 +17,7 @@ from jaxtyping import Float, PyTree
 
 from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.config import Config, Local, Part
+from fedjax_qp.config import Config, Local, Part, to_dict
 from fedjax_qp.data import character_sources, check_partition, instruction_sources, partitions, sources
 from fedjax_qp.devices import check_devices, settle, share_out_cores
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
@@ -233,15 +233,24 @@ def check_options(config: Config) -> None:
         )
 
 
-def advice(experiment: Experiment) -> str | None:
+def advice(experiment: Experiment) -> list[str]:
     """What a user should know of settings that work but hardly are what was meant."""
-    local = experiment.config.local
-    if experiment.algorithm.plain_sgd and local.optimizer == "sgd" and local.momentum > 0:
-        return (
-            f"warning: local.momentum = {local.momentum:g}, but algorithm = {experiment.config.algorithm.name!r} is made for "
-            "plain SGD and may diverge: set local.momentum=0."
+    config, local, algorithm = experiment.config, experiment.config.local, experiment.algorithm
+    found = []
+    if algorithm.plain_sgd and local.optimizer == "sgd" and local.momentum > 0:
+        found.append(
+            f"local.momentum = {local.momentum:g}, but algorithm = {config.algorithm.name!r} is made for plain SGD and may "
+            "diverge: set local.momentum=0."
         )
-    return None
+    usual = defaults(to_dict(config))
+    if local.optimizer != "sgd" and local.momentum != usual["local"]["momentum"]:
+        found.append(f"local.momentum = {local.momentum:g} has no effect: optimizer {local.optimizer} has none.")
+    for option in algorithm.unused:
+        if (value := config.algorithm.options[option]) != usual["algorithm"][option]:
+            found.append(
+                f"algorithm.{option} = {value} has no effect beside the other options of {config.algorithm.name}."
+            )
+    return found
 
 
 def _no_model(*arguments: object) -> None:

@@ -159,6 +159,7 @@ class Algorithm(NamedTuple):
     sampling: Sampling | None = None
     tunes_adapters: bool = False  # of a language model; nothing else has what it works on
     plain_sgd: bool = False  # its equations take local steps without momentum for granted
+    unused: tuple[str, ...] = ()  # its options that have no effect beside the others
 
 
 class RoundKeys(NamedTuple):

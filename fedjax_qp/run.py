@@ -172,8 +172,8 @@ def continue_runs(
     """
     done = int(states[0].round)
     say = partial(console.print, markup=False, highlight=False)
-    for warning in dict.fromkeys(filter(None, map(advice, experiments))):
-        say(warning)
+    for warning in dict.fromkeys(warning for experiment in experiments for warning in advice(experiment)):
+        say(f"warning: {warning}")
     with contextlib.ExitStack() as stack:
         pairs = zip(experiments, folders, strict=True)
         opened = [stack.enter_context(OpenRun(experiment.config, folder, done, say)) for experiment, folder in pairs]

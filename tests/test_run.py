@@ -17,7 +17,7 @@ from test_config import write
 
 from fedjax_qp import cli, config, records
 from fedjax_qp.checkpoint import Checkpoints
-from fedjax_qp.experiment import build, first_state
+from fedjax_qp.experiment import advice, build, first_state
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import resume, run
 from fedjax_qp.simulate import NonFiniteLoss, chunk_bounds, simulate
@@ -166,6 +166,23 @@ def test_momentum_with_a_method_for_plain_sgd_is_warned_of(tmp_path):
         ) == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], []),
+        (["algorithm.form=joint", "algorithm.drift=0.7"], []),
+        (["algorithm.form=nearest", "algorithm.drift=0.7"], ["algorithm.drift = 0.7 has no effect"]),
+        (["algorithm.form=box", "algorithm.epsilon=0.1"], ["algorithm.epsilon = 0.1 has no effect"]),
+        (["algorithm.form=references", "algorithm.references=clients", "algorithm.epsilon=0.1"], []),
+        (["local.optimizer=adam", "local.momentum=0.5"], ["local.momentum = 0.5 has no effect"]),
+        (["local.optimizer=sgd", "local.momentum=0.5"], []),
+    ],
+)
+def test_settings_without_an_effect_are_named(tmp_path, changes, expected):
+    found = advice(build(config.load(write(tmp_path), changes)))
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected))
+
+
 def test_early_stop_at_the_target_and_without_progress(tmp_path):
     target = config.load(
         write(tmp_path),
@@ -289,6 +306,7 @@ def test_errors_end_with_one_line_and_status_two(tmp_path):
     [
         ("partitions", ["dirichlet", "minimum=10"]),
         ("scaffold", ["Karimireddy", "server_learning_rate: η_g", "option='II'"]),
+        ("engine", ["rounds_per_chunk: Count = 10", "distance of checkpoints"]),
         ("fedqpp", ["did you mean fedqp"]),
     ],
 )

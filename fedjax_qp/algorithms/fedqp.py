@@ -90,7 +90,7 @@ def fedqp(
         and so may take some of them out of the fan, and of the box.
       references, references_kept: QP-3's directions besides g: the last round's client updates (at most so many), or
         so many of the last global updates.
-      epsilon: regularisation of QP-3's dual.
+      epsilon: regularisation of QP-3's dual; "references" only, like these two.
       use: "corrected" is the method. Ablations: "shifted" gives FedMut's mutants the same mean as the corrected ones,
         x_i' = r_i + mean_j(x_j − r_j); "drift" starts every client at w + mean_j x_j.
 
@@ -124,7 +124,9 @@ def fedqp(
         own = _use(use, drawn, corrected, active)
         return own, rows, {**metrics, **_drift_metrics(own, squared, with_update), **_solver_metrics(form, report)}
 
-    algorithm = mutating(model, optimizer, mutate)
+    of_form = {"joint": ("drift",), "references": ("references", "references_kept", "epsilon")}
+    unused = [option for other, options in of_form.items() if other != form for option in options]
+    algorithm = mutating(model, optimizer, mutate)._replace(unused=tuple(unused))
     return _remembering(algorithm, references, references_kept) if form == "references" else algorithm
 
 
