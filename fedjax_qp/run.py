@@ -56,18 +56,24 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     experiment = build(config)
     startup.done("data")
     make_folder(folder)
-    if experiment.config.engine.lanes == "auto":
-        choice = choose_layout([experiment])
-        console.print(str(choice))
-        if processes.first():
-            choice.write(folder)
-        experiment = with_layout(experiment, choice.lanes, choice.devices)
-        startup.done("lanes")
+    experiment = _with_measured_lanes(experiment, folder, console, startup)
     print_table(summary(experiment.task.counts), console=console)
     for note in experiment.task.notes:
         console.print(note)
     begin_folder(experiment)
     return _alone(experiment, folder, first_state(experiment), console, startup)
+
+
+def _with_measured_lanes(experiment: Experiment, folder: Path, console: Console, startup: Startup) -> Experiment:
+    """Fixes the lanes where they are auto. The run's configuration keeps them, so that it measures but once."""
+    if experiment.config.engine.lanes != "auto":
+        return experiment
+    choice = choose_layout([experiment])
+    console.print(str(choice))
+    if processes.first():
+        choice.write(folder)
+    startup.done("lanes")
+    return with_layout(experiment, choice.lanes, choice.devices)
 
 
 def _held(folder: Path, config: Config) -> str:
@@ -99,8 +105,14 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
     startup.done("data")
     if changed:
         console.print("resuming with a changed configuration: " + "; ".join(changed))
-        if processes.first():
-            configuration.save(experiment.config, file)
+    if any(change.startswith(_LAYOUT) for change in changed):
+        console.print(
+            "from here on its numbers equal those of an uninterrupted run up to rounding, not to the last bit"
+        )
+    settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
+    if processes.first() and (changed or settled is not experiment):
+        configuration.save(settled.config, file)
+    experiment = settled
     like = first_state(experiment)
     with Checkpoints(folder / "checkpoints", keep=config.checkpoints.keep) as checkpoints:
         state = checkpoints.restore(like)
@@ -128,7 +140,9 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
 
 
 # Settings that do not touch what has already been computed.
-_MAY_CHANGE = ("rounds", "evaluation.", "checkpoints.", "tracking.", "engine.client_store", "engine.data_store")
+_LAYOUT = ("engine.lanes:", "engine.devices:", "engine.model_devices:", "engine.parallel:")  # another order of the sums
+_STORES = ("engine.client_store", "engine.data_store", "engine.memory_gigabytes")
+_MAY_CHANGE = ("rounds", "evaluation.", "checkpoints.", "tracking.", *_STORES, *_LAYOUT)
 
 
 def _alone(experiment: Experiment, folder: Path, state: FederatedState, console: Console, startup: Startup) -> Outcome:
@@ -143,7 +157,7 @@ def _check_changes(changed: list[str]) -> None:
     if refused:
         raise ConfigurationError(
             f"resuming cannot change {'; '.join(refused)}: the rounds already run would not belong to the same run. "
-            f"Allowed: {', '.join(name.rstrip('.') for name in _MAY_CHANGE)}. Start a new run for the rest."
+            f"Allowed: {', '.join(name.rstrip('.:') for name in _MAY_CHANGE)}. Start a new run for the rest."
         )
 
 

@@ -15,6 +15,7 @@ from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition
 from fedjax_qp.experiment import Experiment, environment
+from fedjax_qp.locks import lock_folder
 from fedjax_qp.plots import plot_run
 from fedjax_qp.records import ENDED, FAILURE, Recorder
 from fedjax_qp.registry import ConfigurationError
@@ -65,6 +66,7 @@ class OpenRun:
         """
         self.config, self.folder, self.done = config, folder, done
         self._writes = processes.first()
+        self._lock = lock_folder(folder, "run.lock", "continues the run") if self._writes else None
         self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
         processes.meet("the records are read")  # before the first process cuts them off
         self._recorder = Recorder(self.folder, resume_round=done or None) if self._writes else None
@@ -117,10 +119,9 @@ class OpenRun:
         """
         if isinstance(chunk, NonFiniteLoss):
             return True
-        finished = self.done == self.config.rounds
-        self.reason = stop_reason(self.history, self.config.evaluation) or asked or stop(self.history)
-        if finished and self.reason in (None, asked):
-            self.reason = "finished"
+        self.reason = stop_reason(self.history, self.config.evaluation)
+        if self.reason is None:  # where all rounds are done there is nothing left to stop
+            self.reason = "finished" if self.done == self.config.rounds else asked or stop(self.history)
         if self.reason or number % self.config.checkpoints.every_chunks == 0:
             self._checkpoints.save(chunk.state, accuracy=chunk.records[-1].get("test_accuracy"))
         return self.reason is not None
@@ -153,7 +154,7 @@ class OpenRun:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._checkpoints.close()
-        if self._recorder is None or self._trackers is None:
+        if self._recorder is None or self._trackers is None or self._lock is None:
             return
         self._recorder.close()
         self._trackers.close(self.reason if error is None else None)
@@ -161,6 +162,7 @@ class OpenRun:
             (self.folder / ENDED).write_text(json.dumps({"reason": self.reason, "round": self.done}))
         if error is None and self.history:
             plot_run(self.history, self.folder / "run.png")
+        self._lock.close()
 
 
 def stop_reason(history: list[dict], settings: Evaluation) -> str | None:

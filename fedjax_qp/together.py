@@ -6,8 +6,9 @@ then trains a client of any of the runs, and uploads are summed by run (`engine`
 own records and checkpoints, so it may be continued alone, and a run alone may be continued together with others.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import jax
@@ -100,7 +101,7 @@ def run_together(
     outcomes = {index: ended for index, config in enumerate(configs) if (ended := _ended(config)) is not None}
     for group in groups(configs):
         waiting = [index for index in group if index not in outcomes]
-        if any(outcome.reason == "interrupted" for outcome in outcomes.values()):
+        if _interrupted(outcomes.values()):
             outcomes |= {index: Outcome(configs[index].run_folder, 0, "interrupted") for index in waiting}
         elif waiting:
             found = _run_group([configs[index] for index in waiting], console, _chosen(stop, waiting))
@@ -123,9 +124,22 @@ def _run_group(configs: Sequence[Config], console: Console, stop: Stop) -> list[
     outcomes: dict[int, Outcome] = {}
     for done in sorted({int(state.round) for state in states}):
         level = [run for run, state in enumerate(states) if int(state.round) == done]
-        outcomes |= dict(zip(level, _run_level(experiments, states, level, console, startup, stop), strict=True))
+        if _interrupted(outcomes.values()):
+            found = [_left_out(experiments[run], states[run]) for run in level]
+        else:
+            found = _run_level(experiments, states, level, console, startup, stop)
+        outcomes |= dict(zip(level, found, strict=True))
         startup = Startup()
     return [outcomes[run] for run in range(len(configs))]
+
+
+def _interrupted(outcomes: Iterable[Outcome]) -> bool:
+    return any(outcome.reason == "interrupted" for outcome in outcomes)
+
+
+def _left_out(experiment: Experiment, state: FederatedState) -> Outcome:
+    """Of a run that an interruption keeps from going on."""
+    return Outcome(experiment.config.run_folder, int(state.round), "interrupted")
 
 
 def _run_level(
@@ -153,14 +167,24 @@ def _run_level(
             raise
         names = ", ".join(differing_settings([experiment.config for experiment in together]))
         console.print(f"one program cannot hold different {names} of this method ({error.args[0].splitlines()[0]})")
-    return [outcome for run in level for outcome in _run_level(experiments, states, [run], console, Startup(), stop)]
+    found: list[Outcome] = []
+    for run in level:
+        if _interrupted(found):
+            found.append(_left_out(experiments[run], states[run]))
+        else:
+            found += _run_level(experiments, states, [run], console, Startup(), stop)
+    return found
 
 
 def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> list[Experiment]:
     """Measures the lanes once for all, and remembers them: continued runs then do the same sums in the same order."""
-    if experiments[0].config.engine.lanes != "auto":
-        return list(experiments)
     folders = [experiment.config.run_folder for experiment in experiments]
+    engine = experiments[0].config.engine
+    if engine.lanes != "auto":
+        if len(experiments) > 1:  # so that nobody takes their common times for those of one run
+            for folder in folders:
+                _note_sharing(folder, {"runs": len(experiments), "lanes": engine.lanes, "devices": engine.devices})
+        return list(experiments)
     remembered = [json.loads((folder / SHARED).read_text()) for folder in folders if (folder / SHARED).exists()]
     wanted = {"runs": len(experiments), "lanes": None, "devices": None}
     if remembered:
@@ -172,17 +196,24 @@ def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> l
         console.print(f"{sharing}{choice}")
         for folder in folders:
             choice.write(folder)
-            (folder / SHARED).write_text(json.dumps(wanted))
+            _note_sharing(folder, wanted)
     return [with_layout(experiment, wanted["lanes"], wanted["devices"]) for experiment in experiments]
 
 
+def _note_sharing(folder: Path, how: dict) -> None:
+    (folder / SHARED).write_text(json.dumps(how))
+
+
 def _begin(experiment: Experiment) -> FederatedState:
-    """The state to go on from; makes the folder of a run that is new."""
+    """The state to go on from; makes the folder of a new run, and notes in an old one how many rounds it is to have."""
     folder, state = experiment.config.run_folder, first_state(experiment)
     if not (folder / "config.yaml").exists():
         make_folder(folder)
         begin_folder(experiment)
         return state
+    held = configuration.load(folder / "config.yaml")
+    if held.rounds != experiment.config.rounds:
+        configuration.save(dataclasses.replace(held, rounds=experiment.config.rounds), folder / "config.yaml")
     with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
         return checkpoints.restore(state) or state
 

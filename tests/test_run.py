@@ -1,5 +1,6 @@
 """A run from configuration to folder; interruption at any point and resumption to the same bits."""
 
+import io
 import json
 import os
 import re
@@ -18,9 +19,11 @@ from test_config import write
 from fedjax_qp import cli, config, records
 from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.experiment import advice, build, first_state
+from fedjax_qp.locks import lock_folder
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import resume, run
 from fedjax_qp.simulate import NonFiniteLoss, chunk_bounds, simulate
+from fedjax_qp.together import run_together
 
 
 def final_state(folder: Path):
@@ -147,16 +150,12 @@ def test_an_early_stopped_run_stays_stopped(tmp_path):
 
 
 def test_a_drift_near_one_is_warned_of(tmp_path):
-    import io
-
     output = Console(file=io.StringIO(), width=200)
     run(config.load(write(tmp_path), ["algorithm.form=joint", "algorithm.alpha=2", "algorithm.drift=0.95"]), output)
     assert "mean coefficient is 0.95" in output.file.getvalue()
 
 
 def test_momentum_with_a_method_for_plain_sgd_is_warned_of(tmp_path):
-    import io
-
     for momentum, expected in ((0.5, True), (0, False)):
         output = Console(file=io.StringIO(), width=200)
         changes = ["rounds=1", f"local.momentum={momentum}", f"name=momentum-{momentum}"]
@@ -181,6 +180,32 @@ def test_momentum_with_a_method_for_plain_sgd_is_warned_of(tmp_path):
 def test_settings_without_an_effect_are_named(tmp_path, changes, expected):
     found = advice(build(config.load(write(tmp_path), changes)))
     assert len(found) == len(expected) and all(map(str.startswith, found, expected))
+
+
+def test_a_run_that_another_process_continues_is_left_alone(tmp_path):
+    outcome = run(config.load(write(tmp_path), ["rounds=2"]), quiet())
+    before = (outcome.folder / "records.jsonl").read_bytes()
+    message = "another process continues the run in .*: wait for it"
+    with lock_folder(outcome.folder, "run.lock", "continues"), pytest.raises(ConfigurationError, match=message):
+        resume(outcome.folder, ["rounds=4"], quiet())
+    assert (outcome.folder / "records.jsonl").read_bytes() == before
+    assert resume(outcome.folder, ["rounds=4"], quiet()).rounds == 4
+
+
+def test_a_run_may_move_to_a_machine_with_fewer_devices(tmp_path):
+    whole = run(config.load(write(tmp_path), ["rounds=4", "engine.devices=2", "engine.lanes=2", "name=whole"]), quiet())
+    moved = run(config.load(write(tmp_path), ["rounds=2", "engine.devices=2", "engine.lanes=2"]), quiet())
+    output = Console(file=io.StringIO(), width=200)
+    resume(moved.folder, ["rounds=4", "engine.devices=1", "engine.lanes=1"], output)
+    assert "up to rounding" in output.file.getvalue()
+    losses = [[line["train_loss"] for line in records.read(folder)] for folder in (whole.folder, moved.folder)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_no_stop_is_asked_for_after_the_last_round(tmp_path):
+    loaded = config.load(write(tmp_path), ["rounds=2"])
+    (outcome,) = run_together([loaded], quiet(), stop=lambda run, history: "enough")
+    assert outcome.reason == "finished"
 
 
 def test_early_stop_at_the_target_and_without_progress(tmp_path):

@@ -165,7 +165,7 @@ def test_another_configuration_does_not_take_over_a_folder(four):
 
 
 def test_runs_are_continued_together_and_alone(four, tmp_path):
-    """Stopped after a chunk, two go on together and one alone: the same records as without the stop, to the last bit."""
+    """Stopped after a chunk, two go on together and one alone: the same records as without the stop, but for rounding."""
     configs = some_runs(tmp_path, "four")[:3]
     outcomes = run_together(configs, QUIET, stop=lambda run, history: "enough")
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "enough")] * 3
@@ -176,6 +176,33 @@ def test_runs_are_continued_together_and_alone(four, tmp_path):
     resume(configs[2].run_folder, console=QUIET)
     for one, whole in zip(configs, four, strict=False):
         np.testing.assert_allclose(losses(one.run_folder), losses(whole.run_folder), rtol=1e-4)
+
+
+def test_more_rounds_are_noted_and_an_interruption_ends_what_follows(tmp_path):
+    one, other = some_runs(tmp_path, "two", rounds=2)[:2]
+    run_together([one], QUIET)
+    assert not (one.run_folder / "together.json").exists()
+    longer = [dataclasses.replace(each, rounds=6) for each in (one, other)]
+    calls = iter([None, "interrupted"])
+    outcomes = run_together(longer, QUIET, stop=lambda run, history: next(calls))
+    assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "interrupted"), (4, "interrupted")]
+    assert config.load(one.run_folder / "config.yaml").rounds == 6
+    assert [outcome.rounds for outcome in run_together(longer, QUIET)] == [6, 6]
+
+
+def test_common_times_are_marked_as_such(four):
+    assert json.loads((four[0].run_folder / "together.json").read_text()) == {"runs": 4, "lanes": 2, "devices": 1}
+
+
+def test_a_run_of_several_that_goes_on_alone_measures_its_lanes_once(tmp_path):
+    file = write(tmp_path)
+    configs = [config.load(file, [f"seed={seed}", "engine.lanes=auto"]) for seed in (0, 1)]
+    run_together(configs, QUIET, stop=lambda run, history: "enough")
+    folder = configs[0].run_folder
+    assert config.load(folder / "config.yaml").engine.lanes == "auto"
+    resume(folder, console=QUIET)
+    lanes = config.load(folder / "config.yaml").engine.lanes
+    assert isinstance(lanes, int) and json.loads((folder / "lanes.json").read_text())["lanes"] == lanes
 
 
 def test_one_that_stops_leaves_the_others_as_they_are(four, tmp_path):
