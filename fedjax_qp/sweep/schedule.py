@@ -11,6 +11,7 @@ absolute paths. Where a worker dies, Dask gives its task to another one, which c
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -64,7 +65,10 @@ def machine(platforms: str) -> Machine:
         return Machine(cores(), ())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return Machine(cores(), tuple(name for name in visible.split(",") if name))
+        names = itertools.takewhile(
+            lambda name: name and not name.startswith("-"), visible.split(",")
+        )  # as CUDA reads it
+        return Machine(cores(), tuple(names))
     try:
         found = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):

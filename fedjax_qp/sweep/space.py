@@ -161,10 +161,6 @@ def from_dict(values: dict[str, Any]) -> Sweep:
     """
     values = {key: value for key, value in values.items() if value is not None}
     configuration.check_keys(values, Sweep)
-    if "early_stopping" in values:  # it may be null, so `check_keys` does not see its class
-        configuration.check_keys(
-            _is_mapping("early_stopping", values["early_stopping"]), EarlyStopping, "early_stopping."
-        )
     values["overrides"] = _mapping(values.get("overrides"))
     values["space"] = _space("space", values.get("space", {}))
     values["variants"] = [_variant(number, value) for number, value in enumerate(values.get("variants", []))]
@@ -321,8 +317,12 @@ def _check_field(what: str, key: str) -> None:
 
 def _plain_space(space: dict[str, Dimension]) -> dict[str, Any]:
     return {
-        key: list(dimension.choices)
-        if isinstance(dimension, Choices)
-        else {name: value for name, value in dataclasses.asdict(dimension).items() if value not in (None, False)}
+        key: list(dimension.choices) if isinstance(dimension, Choices) else _plain_range(dimension)
         for key, dimension in space.items()
+    }
+
+
+def _plain_range(range: Range) -> dict[str, Any]:
+    return {
+        name: value for name, value in dataclasses.asdict(range).items() if value is not None and value is not False
     }

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from fedjax_qp import records
 from fedjax_qp.sweep.space import EarlyStopping, Rank
-from fedjax_qp.sweep.trials import read_attempt, stop_trial, stopped_file
+from fedjax_qp.sweep.trials import read_attempt, read_ending, stop_trial, stopped_file
 
 Curve = list[tuple[int, float]]  # (round, value) of each evaluation
 
@@ -122,7 +122,7 @@ class Judge:
         sign, variant = self._rank.sign, self._peers[trial].variant
         others = [peer.name for peer in self._peers.values() if peer.name != trial and peer.variant == variant]
         stopped = [name for name in others if stopped_file(self._folder, name).exists()]
-        running = [self._value(name, round, {}) for name in others if name not in stopped]
+        running = [self._value(name, round, {}) for name in others if name not in stopped and not self._broken(name)]
         goodness = [-float("inf")] * len(stopped) + [sign * other for other in running if other is not None]
         if len(goodness) < self._rule.least_trials or sign * value >= (median := statistics.median(goodness)):
             return None
@@ -131,11 +131,21 @@ class Judge:
             f"{len(goodness)} other trials"
         )
 
+    def _broken(self, trial: str) -> bool:
+        """Whether a run of a trial diverged or failed, however good it was before."""
+        folders = [self._run_folder(trial, seed) for seed in self._seeds]
+        endings = [read_ending(folder) for folder in folders]
+        failed = any(ending is not None and ending.status == "failed" for ending in endings)
+        return failed or any((folder / records.FAILURE).exists() for folder in folders)
+
+    def _run_folder(self, trial: str, seed: int) -> Path:
+        return self._folder / "runs" / f"{trial}-seed{seed}"
+
     def _value(self, trial: str, round: int, own: dict[int, Curve]) -> float | None:
         """A trial's value at a round, or None until all of its seeds have come there."""
         values = []
         for seed in self._seeds:
-            folder = self._folder / "runs" / f"{trial}-seed{seed}"
+            folder = self._run_folder(trial, seed)
             if seed not in own and self._curves.rounds(folder) < round:
                 return None
             values.append(value_at(own[seed] if seed in own else self._curves.curve(folder), round, self._rank.last))

@@ -13,17 +13,17 @@ chunk, and leaves.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from fedjax_qp import config as configuration
+from fedjax_qp.locks import lock_folder, lock_now
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.search import Point, identity
 from fedjax_qp.sweep.space import Sweep, to_dict
@@ -69,14 +69,11 @@ class Store:
         self.sweep = sweep
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.folder / "sweep.lock").open("a")
+            self._lock = lock_folder(self.folder, "sweep.lock", "runs the sweep")
         except OSError as error:
             raise ConfigurationError(
                 f"the sweep folder {self.folder} cannot be written ({error.strerror}): choose another with folder=PATH."
             ) from None
-        if not _lock_now(self._lock):
-            self._lock.close()
-            raise ConfigurationError(f"another process runs the sweep in {self.folder}: wait for it, or end it.")
         try:
             self._check_and_save(base)
         except BaseException:
@@ -122,7 +119,9 @@ class Store:
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # a cluster that is not ours would work on
+            self.end_attempt()
         self.close()
 
     def _check_and_save(self, base: dict[str, Any]) -> None:
@@ -184,7 +183,7 @@ def run_locks(folder: Path, names: Sequence[str], give_up: Any, wait: Any) -> It
         (folder / "locks").mkdir(exist_ok=True)
         for name in sorted(names):  # in one order, so that no two workers wait for each other
             file = stack.enter_context((folder / "locks" / name).open("a"))
-            while not (held := _lock_now(file)) and not give_up():
+            while not (held := lock_now(file)) and not give_up():
                 wait()
             if not held:
                 break
@@ -242,14 +241,6 @@ def _repair(file: Path) -> None:
 def _plain(values: Any) -> Any:
     """As YAML and JSON read it back: lists, not tuples."""
     return yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(values, default=str))))
-
-
-def _lock_now(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _write(path: Path, text: str) -> None:

@@ -58,7 +58,10 @@ def test_overrides_reach_the_sweep_or_its_base(tmp_path):
 def test_round_trip(tmp_path):
     sweep = sweep_of(
         tmp_path,
-        space={"rounds": {"low": 1, "high": 9, "step": 2}},
+        space={
+            "rounds": {"low": 1, "high": 9, "step": 2},
+            "participation.dropout": {"low": 0, "high": 0.5, "points": 3},
+        },
         variants=[{"name": "a", "space": {"local.learning_rate": {"low": 0.1, "high": 1, "log": True, "points": 3}}}],
         early_stopping={"after": 2},
     )

@@ -49,6 +49,14 @@ def test_too_few_others(tmp_path):
     assert verdict(store, 2, 0, [0.1, 0.1]) is None  # only one of them has come to round 2
 
 
+def test_a_trial_that_diverged_later_is_no_judge(tmp_path):
+    store = store_of(tmp_path, [[[0.5, 0.6]], [[0.5, 0.7]], [[]]])
+    assert verdict(store, 2, 0, [0.1, 0.1]) == "stopped early"
+    (store.folder / "stopped" / "trial002.json").unlink()
+    (store.run_folder(store.trials[0], 0) / "failure.json").write_text("{}")
+    assert verdict(store, 2, 0, [0.1, 0.1]) is None  # one judge is left, and two are asked for
+
+
 def test_a_trial_is_judged_with_all_of_its_seeds_and_stops_with_all(tmp_path):
     good = [[0.5, 0.6], [0.5, 0.6]]
     store = store_of(tmp_path, [good, good, [[0.1, 0.1, 0.1], [0.1]]])

@@ -142,6 +142,12 @@ def test_slices_keep_the_seeds_of_a_trial_together(tmp_path):
     assert sizes == {1: [6], 2: [2, 2, 2], 3: [2, 2, 2], 6: [1] * 6}
 
 
+def test_gpus_that_are_hidden_count_for_nothing(monkeypatch):
+    for visible, expected in (("-1", ()), ("", ()), ("2,-1,3", ("2",)), ("0,1", ("0", "1"))):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert schedule.machine("").gpus == expected
+
+
 def test_shares_of_a_machine():
     cpu, gpus = schedule.Machine(16, ()), schedule.Machine(16, ("4", "5"))
     assert [schedule.default_workers(one) for one in (cpu, gpus, schedule.Machine(1, ()))] == [8, 2, 1]
