@@ -85,7 +85,7 @@ class Trackers:
         self._known = _read(self._file)
         self._rounds: dict[str, int] = {}
         openers: dict[str, Callable[[], tuple[Tracker, int]]] = {
-            "tensorboard": lambda: _tensorboard(config, folder, history),
+            "tensorboard": lambda: self._tensorboard(folder, history[-1]["round"] if history else 0),
             "wandb": lambda: self._continued("wandb", _wandb_destination(config), config, folder, WandbTracker),
             "mlflow": lambda: self._continued("mlflow", mlflow_uri(config, folder), config, folder, MlflowTracker),
         }
@@ -116,6 +116,13 @@ class Trackers:
         self._rounds[name] = missing[-1]["round"]
         if name in self._known:
             self._remember(name, self._known[name]._replace(rounds=self._rounds[name]))
+
+    def _tensorboard(self, folder: Path, done: int) -> tuple[Tracker, int]:
+        """A writer that purges the rounds after the last one `done`; it gets what it missed of those before."""
+        known = self._known.get("tensorboard", Continued(id="", to=""))
+        held = min(known.rounds, done)
+        self._remember("tensorboard", known._replace(rounds=held))
+        return TensorBoardTracker(folder, held), held
 
     def _continued(self, name: str, to: str, config: Config, folder: Path, opener: Callable) -> tuple[Tracker, int]:
         """Opens a tracker with the id that it had, if it had one there."""
@@ -150,13 +157,6 @@ def _read(file: Path) -> dict[str, Continued]:
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------
-
-
-def _tensorboard(config: Config, folder: Path, history: list[dict]) -> tuple[Tracker, int]:
-    """A writer that purges the rounds after `history`; one that is new to a run gets the past too."""
-    done = history[-1]["round"] if history else 0
-    held = done if (Path(folder) / "tensorboard").is_dir() else 0
-    return TensorBoardTracker(folder, held), held
 
 
 class TensorBoardTracker:

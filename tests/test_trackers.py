@@ -81,6 +81,17 @@ def test_tensorboard_that_is_turned_on_later_gets_the_past(tmp_path):
     assert [step for step, name, _ in scalars if name == "train_loss"] == [1, 2, 3]
 
 
+def test_tensorboard_gets_what_it_missed_while_it_was_off(tmp_path):
+    on, off = (config.load(write(tmp_path), [f"tracking.tensorboard={flag}"]) for flag in ("true", "false"))
+    for loaded, done in ((on, 1), (off, 2), (on, 3)):
+        opened = Trackers(loaded, tmp_path, made_records(1, done - 1), fails)
+        opened.write(made_records(done, done))
+        opened.close("finished")
+    first, second = board(tmp_path)
+    steps = [step for _, scalars in (first, second) for step, name, _ in scalars if name == "train_loss"]
+    assert steps == [1, 2, 3]
+
+
 # --- Weights & Biases and MLflow, as they are -------------------------------------------------------------------------
 
 # A run of three rounds is killed one round after its checkpoint, resumed, and ends with round five. Python's part of any use
@@ -256,7 +267,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path, made, monke
     opened.write(made_records(1, 2))
     opened.close("finished")
     assert len(said) == 1 and "OSError: no login" in said[0]
-    assert not (tmp_path / trackers.FILE).exists()
+    assert json.loads((tmp_path / trackers.FILE).read_text()).keys() == {"tensorboard"}
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
