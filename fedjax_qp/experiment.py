@@ -23,7 +23,7 @@ from fedjax_qp.devices import check_devices, settle, share_out_cores
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state
 from fedjax_qp.models import character_models, language_models, models
-from fedjax_qp.plan import Workload, client_steps
+from fedjax_qp.plan import Workload, fewest_steps
 from fedjax_qp.precision import in_precision
 from fedjax_qp.registry import ConfigurationError, Registry, is_zero, unknown_name
 from fedjax_qp.tasks import Task, classification_task, instruction_task
@@ -363,7 +363,7 @@ def _check_preparation(work: Workload) -> None:
     """A preparation counts as local steps, so it must leave some: otherwise the method would work more than others."""
     if work.preparation is None or work.preparation.charged == 0:
         return
-    fewest, client = min((client_steps(len(part), work.local), client) for client, part in enumerate(work.parts))
+    fewest, client = fewest_steps(work)
     if work.preparation.charged >= fewest:
         raise ConfigurationError(
             f"algorithm.warm_up = {work.preparation.charged} takes all {fewest} local steps of client {client}: choose 0 to "
@@ -380,7 +380,7 @@ def _check_accumulation(work: Workload) -> None:
             f"local.accumulate = {every} leaves nothing of a warm-up of {warm_up} steps: choose 1 to {warm_up}, or an "
             f"algorithm.warm_up of at least {every}."
         )
-    fewest, client = min((client_steps(len(part), work.local), client) for client, part in enumerate(work.parts))
+    fewest, client = fewest_steps(work)
     if every > fewest - warm_up:
         raise ConfigurationError(
             f"local.accumulate = {every} is more than the {fewest - warm_up} local steps of client {client}: choose 1 to "

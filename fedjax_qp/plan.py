@@ -73,6 +73,19 @@ def client_steps(size: int, local: Local) -> int:
     return steps if local.maximum_steps is None else min(steps, local.maximum_steps)
 
 
+def straggler_steps(steps: Int[np.ndarray, "M"], settings: Participation) -> Int[np.ndarray, "M"]:
+    """What is left of local steps for clients that do only part of their work."""
+    return np.maximum(1, np.ceil(steps * settings.straggler_work)).astype(steps.dtype)
+
+
+def fewest_steps(work: Workload) -> tuple[int, int]:
+    """The fewest local steps of any client that reports, as a straggler where there are any, and that client."""
+    steps = np.array([client_steps(len(part), work.local) for part in work.parts])
+    if work.participation.stragglers > 0:
+        steps = straggler_steps(steps, work.participation)
+    return int(steps.min()), int(steps.argmin())
+
+
 def sample_cohort(work: Workload, round: int) -> Cohort:
     """Draws M clients without replacement, or as the method says, then which of them drop out or do only part of their work.
 
@@ -94,8 +107,7 @@ def sample_cohort(work: Workload, round: int) -> Cohort:
     steps = np.array([client_steps(len(work.parts[client]), work.local) for client in clients])
     _, first, places = np.unique(clients, return_index=True, return_inverse=True)
     drops, lags = generator.random((2, settings.cohort))[:, first[places]]
-    partial = np.maximum(1, np.ceil(steps * settings.straggler_work)).astype(steps.dtype)
-    steps = np.where(lags < settings.stragglers, partial, steps)
+    steps = np.where(lags < settings.stragglers, straggler_steps(steps, settings), steps)
     steps = np.where((drops < settings.dropout) | work.stopped, 0, steps)
     return Cohort(clients.astype(np.int32), sizes.astype(np.float32), steps.astype(np.int32))
 

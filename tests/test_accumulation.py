@@ -44,3 +44,12 @@ def test_a_client_that_would_never_move_is_refused(partition, accumulate):
         ConfigurationError, match=f"local.accumulate = {accumulate} is more than the [0-9]+ local steps"
     ):
         build(config.from_dict({**settings, "local": {"accumulate": accumulate, "epochs": 1}}))
+
+
+def test_a_straggler_that_would_never_move_is_refused():
+    settings = {"name": "x", "data": "digits", "partition": {"name": "iid", "clients": 20}, "model": "mlp"}
+    settings |= {"algorithm": "fedavg", "local": {"accumulate": 4, "epochs": 1, "batch_size": 10}}
+    assert build(config.from_dict(settings)).config.local.accumulate == 4
+    late = {"stragglers": 0.1, "straggler_work": 0.25}
+    with pytest.raises(ConfigurationError, match="local.accumulate = 4 is more than the 2 local steps"):
+        build(config.from_dict({**settings, "participation": late}))
