@@ -127,9 +127,9 @@ def fedadam(
 ) -> Algorithm:
     """Adam on the server.
 
-    Deviations from algorithm 2 of the paper, all optax's: the moments' initial bias is corrected, and v starts at 0, where
-    the paper asks for at least adaptivity². So first steps are larger (twenty times where the updates are far below
-    `adaptivity`).
+    Deviations from algorithm 2 of the paper: clients are weighted by size (there uniformly, `weighting: uniform`); and two
+    of optax's: the moments' initial bias is corrected, and v starts at 0, where the paper asks for at least adaptivity². So
+    first steps are larger (twenty times where the updates are far below `adaptivity`).
     """
     server_optimizer = optax.adam(server_learning_rate, beta1, beta2, eps=adaptivity)
     return averaging(model, optimizer, server_optimizer, weighting=weighting)
@@ -148,8 +148,9 @@ def fedyogi(
 ) -> Algorithm:
     """Yogi on the server.
 
-    Deviations from algorithm 2 of the paper, all optax's: the moments' initial bias is corrected, and both start at 1e-6,
-    whatever `adaptivity` is; the paper asks for 0 and at least adaptivity².
+    Deviations from algorithm 2 of the paper: clients are weighted by size (there uniformly, `weighting: uniform`); and two
+    of optax's: the moments' initial bias is corrected, and both start at 1e-6, whatever `adaptivity` is; the paper asks for
+    0 and at least adaptivity².
     """
     server_optimizer = optax.yogi(server_learning_rate, beta1, beta2, eps=adaptivity)
     return averaging(model, optimizer, server_optimizer, weighting=weighting)

@@ -121,8 +121,8 @@ def clustered_sampling(
 
     Args:
       by: algorithm 2, or algorithm 1. The former keeps every client's last update, and needs `engine.rounds_per_chunk: 1`.
-      measure: how alike two gradients are, for algorithm 2: the angle between them (the paper's choice), their squared
-        distance, or the sum of absolute differences.
+      measure: how alike two gradients are, for algorithm 2: the angle between them (the paper's choice), their
+        Euclidean distance, or the sum of absolute differences.
     """
     average = averaging(model, optimizer, optax.sgd(1.0), weighting="uniform")
 
@@ -132,7 +132,8 @@ def clustered_sampling(
     def draw_by_similarity(
         sizes: np.ndarray, memories: PyTree, members: int, generator: np.random.Generator
     ) -> np.ndarray:
-        gradients = [np.asarray(leaf).reshape(len(sizes), -1) for leaf in jax.tree.leaves(memories)]
+        # The distance of two similar gradients is a small difference of large numbers.
+        gradients = [np.asarray(leaf, np.float64).reshape(len(sizes), -1) for leaf in jax.tree.leaves(memories)]
         return draw(by_similarity(sizes, members, gradients, measure), generator)
 
     def finish(shared: Params, own: tuple, carry: LocalState, memory: PyTree, client: Client) -> tuple:
@@ -140,7 +141,7 @@ def clustered_sampling(
         return upload, upload.update.trainable, metrics
 
     if by == "size":
-        return average._replace(sampling=Sampling(draw_by_size))
+        return average._replace(sampling=Sampling(draw_by_size), unused=("measure",))
     return average._replace(
         init_client=lambda params: jax.tree.map(jnp.zeros_like, params.trainable),
         finish=finish,

@@ -112,16 +112,19 @@ def fedqp(
         beta = backward_share(beta0, mutation_rounds, server.round)
         signs = mutation_signs(key, members, len(shares), beta)
         active = active_mutants(members)
-        drawn = Own(alpha * signs, jnp.zeros((members, 0)))
         if form == "references":
             directions = reference_directions(server)
-            corrected, report, metrics = _correct_by_references(settings, signs, squared, directions, active)
+            drawn = Own(alpha * signs, jnp.zeros((members, len(directions.valid))))
+            corrected, report = _correct_by_references(settings, signs, squared, directions, active)
+            own = _use(use, drawn, corrected, active)
+            metrics = _reference_metrics(drawn, own, squared, directions, active)
             rows, with_update = directions.rows, directions.with_update
         else:
+            drawn = Own(alpha * signs, jnp.zeros((members, 0)))
             coefficients, report = _correct_by_update(settings, signs, shares, active)
-            corrected, rows, with_update = Own(coefficients, drawn.multipliers), (), jnp.zeros((0, len(squared)))
-            metrics = _fan_metrics(drawn.coefficients, coefficients, shares, active)
-        own = _use(use, drawn, corrected, active)
+            own = _use(use, drawn, Own(coefficients, drawn.multipliers), active)
+            metrics = _fan_metrics(drawn.coefficients, own.coefficients, shares, active)
+            rows, with_update = (), jnp.zeros((0, len(squared)))
         return own, rows, {**metrics, **_drift_metrics(own, squared, with_update), **_solver_metrics(form, report)}
 
     of_form = {"joint": ("drift",), "references": ("references", "references_kept", "epsilon")}
@@ -155,8 +158,6 @@ def _use(use: Use, drawn: Own, corrected: Own, active: Bool[Array, "M"]) -> Own:
 
     if use == "drift":
         return jax.tree.map(everyone_at_mean, corrected)
-    multipliers = jnp.zeros_like(corrected.multipliers)
-    drawn = drawn._replace(multipliers=multipliers)
     return jax.tree.map(
         lambda before, after: before + jnp.where(active[:, None], _active_mean(after - before, active), 0),
         drawn,
@@ -194,10 +195,11 @@ def _remembering(algorithm: Algorithm, references: str, kept: int) -> Algorithm:
 
     def combine_each(server: MutationServer, uploads: Upload, cohort: Cohort, key: Any) -> tuple[MutationServer, dict]:
         new, metrics = combine_sum(server, jax.tree.map(lambda leaf: leaf.sum(0), uploads), key)
+        first = jnp.argsort(uploads.reporters == 0)[:kept]  # stable; who dropped out takes nobody's place
 
         def keep(rows: Array) -> Array:
             missing = max(0, kept - len(rows))
-            return jnp.concatenate([rows[:kept], jnp.zeros((missing, *rows.shape[1:]), rows.dtype)])
+            return jnp.concatenate([rows[first], jnp.zeros((missing, *rows.shape[1:]), rows.dtype)])
 
         return new._replace(references=jax.tree.map(keep, uploads.update.trainable)), metrics
 
@@ -225,7 +227,7 @@ def _correct_by_references(
     squared: Float[Array, "L"],
     directions: Directions,
     active: Bool[Array, "M"],
-) -> tuple[Own, quadratic.Report, dict[str, Array]]:
+) -> tuple[Own, quadratic.Report]:
     length = settings.alpha * jnp.sqrt(squared.sum())  # solved in units of a mutation's length, α‖g‖
     unit = jnp.where(length > 0, length, 1)
     drawn = settings.alpha * signs @ directions.with_update.T  # ⟨r_i, C_j⟩, [M, R]
@@ -237,30 +239,40 @@ def _correct_by_references(
         valid=directions.valid,
         active=active,
     )
-    multipliers = multipliers * length
-    after = drawn + multipliers @ directions.gram  # ⟨x_i, C_j⟩; row 0 of C is g/‖g‖
-    squared_before = settings.alpha**2 * signs**2 @ squared
-    squared_after = squared_before + ((drawn + after) * multipliers).sum(1)
-    metrics = {
-        "mutation/cosine_before": _quotient(drawn[:, 0], jnp.sqrt(squared_before)),
-        "mutation/cosine_after": _quotient(after[:, 0], jnp.sqrt(jnp.maximum(squared_after, 0))),
-        "qp/corrected_share": _share(multipliers.max(1) > 1e-4 * unit, active),
+    return Own(settings.alpha * signs, multipliers * length), report
+
+
+# --- metrics: of the mutants that the clients are sent -------------------------------------------------------------------
+
+
+def _reference_metrics(
+    drawn: Own, sent: Own, squared: Float[Array, "L"], directions: Directions, active: Bool[Array, "M"]
+) -> dict[str, Array]:
+    def products(own: Own) -> Float[Array, "M R"]:
+        """⟨x_i, C_j⟩; row 0 of C is g/‖g‖."""
+        return own.coefficients @ directions.with_update.T + own.multipliers @ directions.gram
+
+    def lengths(own: Own) -> Float[Array, "M"]:
+        with_references = own.coefficients @ directions.with_update.T + products(own)
+        return jnp.sqrt(jnp.maximum(own.coefficients**2 @ squared + (with_references * own.multipliers).sum(1), 0))
+
+    moved = lengths(jax.tree.map(jnp.subtract, sent, drawn)) > 1e-4 * lengths(drawn)
+    return {
+        "mutation/cosine_before": _quotient(products(drawn)[:, 0], lengths(drawn)),
+        "mutation/cosine_after": _quotient(products(sent)[:, 0], lengths(sent)),
+        "qp/corrected_share": _share(moved, active),
     }
-    return Own(settings.alpha * signs, multipliers), report, metrics
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def _fan_metrics(
-    drawn: Float[Array, "M L"], corrected: Float[Array, "M L"], shares: Float[Array, "L"], active: Bool[Array, "M"]
+    drawn: Float[Array, "M L"], sent: Float[Array, "M L"], shares: Float[Array, "L"], active: Bool[Array, "M"]
 ) -> dict[str, Array]:
-    length, new_length = jnp.sqrt(drawn**2 @ shares), jnp.sqrt(corrected**2 @ shares)
-    moved = jnp.sqrt((corrected - drawn) ** 2 @ shares) > 1e-4 * length
+    length, new_length = jnp.sqrt(drawn**2 @ shares), jnp.sqrt(sent**2 @ shares)
+    moved = jnp.sqrt((sent - drawn) ** 2 @ shares) > 1e-4 * length
     return {
         "mutation/cosine_before": quadratic.cosines(drawn, shares),
         # The direction of a mutant that was corrected to nothing is rounding noise.
-        "mutation/cosine_after": jnp.where(new_length > 1e-4 * length, quadratic.cosines(corrected, shares), 0),
+        "mutation/cosine_after": jnp.where(new_length > 1e-4 * length, quadratic.cosines(sent, shares), 0),
         "qp/corrected_share": _share(moved, active),
     }
 

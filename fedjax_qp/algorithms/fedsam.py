@@ -6,7 +6,8 @@ et al. 2021 (SAM) and Kwon et al. 2021 (ASAM). With g = ∇F_k(w) on a batch, th
 same batch: ε = ρ g/‖g‖, or adaptively, with T = |w| + η for each weight, ε = ρ T²g/‖T g‖. Two gradients a step.
 
 Deviations: the norm is the whole model's (as in SAM; FedASAM's published code scales weights only, ours biases too);
-`client/loss` is the loss at w and batch-norm statistics come from there. ρ = 0 is FedAvg.
+`client/loss` is the loss at w and batch-norm statistics come from there; clients are weighted by size (Qu et al.: uniformly,
+`weighting: uniform`) and the server's learning rate is 1. ρ = 0 is FedAvg.
 """
 
 from collections.abc import Callable
@@ -74,4 +75,5 @@ def fedsam(
     """
     ascent = ascent_of(radius, adaptive, adaptivity)
     sharp = model._replace(loss=sharpness_aware(model.loss, ascent))
-    return averaging(sharp, optimizer, optax.sgd(1.0), weighting=weighting)
+    algorithm = averaging(sharp, optimizer, optax.sgd(1.0), weighting=weighting)
+    return algorithm if adaptive else algorithm._replace(unused=("adaptivity",))

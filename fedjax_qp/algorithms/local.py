@@ -40,7 +40,7 @@ def parts_of(model: Model, method: str) -> Parts:
     if model.parts is None:
         raise ConfigurationError(
             f"algorithm {method!r} works on what a classifier's last layer sees, and this model has no such parts: choose "
-            "a model of images (lenet, mlp, resnet18, …), or another algorithm."
+            "a model of images with hidden layers (lenet, mlp, resnet18, …), or another algorithm."
         )
     return model.parts
 
@@ -128,9 +128,10 @@ def report(
 
 
 def mean_update(total: Upload) -> tuple[Params, dict[str, Array]]:
-    """The weighted mean of the clients' differences (zero when nobody reported), and how far the clients agree.
+    """The weighted mean of the clients' differences (zero when nobody reported), its norm, and how far the clients agree.
 
-    The mean cosine between two different clients' progress follows from the sum of M unit vectors u_i alone:
+    What a server makes of the mean, by momentum or a rate of its own, is not in that norm. The mean cosine between the
+    progress of two reports (a client that was drawn twice reports twice) follows from the sum of M unit vectors u_i alone:
     ‖Σu_i‖² = M + Σ_{i≠j} cos(u_i, u_j).
     """
     mean = jax.tree.map(lambda leaf: leaf / jnp.where(total.weight > 0, total.weight, 1), total.update)

@@ -223,7 +223,8 @@ def perfit(
     def init_server(params: Params, clients: int) -> PerfitServer:
         adapters = jax.tree.map(lambda leaf: jnp.stack([leaf] * groups), params.trainable)
         # The initial A is as random as the run's seed: the one thing here that knows it and is the same for all clients.
-        seed = jax.lax.bitcast_convert_type(flatten(params.trainable).sum(), jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(flatten(params.trainable).astype(jnp.float32), jnp.uint32)
+        seed = bits.sum(dtype=jnp.uint32)  # of integers, so the same in any order
         return PerfitServer(adapters, seed, jnp.zeros((), jnp.int32))
 
     def init_client(params: Params) -> PerfitMemory:
@@ -244,6 +245,7 @@ def perfit(
         preparation=Preparation(warm_up + prunings * score_batches, search_every, warm_up),
         tuned=tuned,
         tunes_adapters=True,
+        unused=() if search == "taylor" else ("prunings", "score_batches"),
     )
 
 
@@ -260,11 +262,14 @@ def _warm_up(training: LocalTraining, frozen: PyTree, dense: PyTree, batches: Ba
 
 
 def _search(model: Model, frozen: PyTree, adapters: PyTree, batches: Batch, counts: Int[Array, "Q"]) -> PyTree:
-    """Prunes in Q steps, each scored on its own batches, with the mask as it then is and without dropout."""
+    """Prunes in Q steps, each scored on its own batches, with the mask as it then is and without dropout.
+
+    A factor common to all scores decides nothing, so gradients are summed, not averaged.
+    """
     prunings = len(counts)
     by_pruning = jax.tree.map(lambda leaf: leaf.reshape(prunings, -1, *leaf.shape[1:]), batches)
 
-    def mean_gradient(masks: PyTree, some: Batch) -> PyTree:
+    def gradient_sum(masks: PyTree, some: Batch) -> PyTree:
         def loss(theta: PyTree, batch: Batch) -> Float[Array, ""]:
             return model.loss(frozen, Params(theta, (), masks), batch, None)[0]
 
@@ -276,7 +281,7 @@ def _search(model: Model, frozen: PyTree, adapters: PyTree, batches: Batch, coun
 
     def prune(flat: Bool[Array, "P"], turn: tuple) -> tuple[Bool[Array, "P"], None]:
         count, some = turn
-        gradient = mean_gradient(unflatten(flat, adapters), some)
+        gradient = gradient_sum(unflatten(flat, adapters), some)
         return keep_top(taylor_scores(adapters, gradient), flat, count), None
 
     flat, _ = jax.lax.scan(prune, jnp.ones(int(lora.count(adapters)), bool), (counts, by_pruning))

@@ -65,7 +65,7 @@ def classifier(
     def classify(params: Params, features: Float[Array, "B F"]) -> Float[Array, "B classes"]:
         return whole(params).last(features)
 
-    parts = Parts(features, classify, *abstract.last.kernel.shape) if isinstance(abstract, Network) else None
+    parts = Parts(features, classify, *abstract.last.kernel.shape) if _learns_features(abstract) else None
     return Model(init=init, loss=loss, evaluate=evaluate, parts=parts)
 
 
@@ -106,3 +106,11 @@ def _losses(logits: Float[Array, "B classes"] | Float[Array, "B T classes"], bat
         labels = jnp.concatenate([batch.examples.inputs[:, 1:].astype(labels.dtype), labels], axis=1)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
     return jnp.where(batch.mask, -chosen.mean(-1), 0)
+
+
+def _learns_features(network: Any) -> bool:
+    """Whether there is a last layer, and layers before it: otherwise its input would be the image itself."""
+    if not isinstance(network, Network):
+        return False
+    whole, last = (len(jax.tree.leaves(nnx.state(part, nnx.Param))) for part in (network, network.last))
+    return whole > last

@@ -100,6 +100,10 @@ def test_ablations_have_the_same_mean(server, form, members):
     active = members - members % 2
     np.testing.assert_allclose((shifted - drawn)[:active] - (shifted - drawn)[0], 0, atol=1e-5 * size)
     assert shifted_metrics["mutation/drift"] == pytest.approx(alone_metrics["mutation/drift"], abs=1e-5)
+    g = vector(server.update)
+    for rows, metrics in ((shifted, shifted_metrics), (alone, alone_metrics)):  # the angles of what is sent
+        clear = np.linalg.norm(rows, axis=1) > 0.05 * size
+        np.testing.assert_allclose(metrics["mutation/cosine_after"][clear], cosines(rows[clear], g), atol=1e-3)
 
 
 def test_the_odd_client_is_not_corrected(server):
@@ -154,6 +158,9 @@ def test_client_references_are_results_minus_the_last_global_model(server):
             expected = differences[index] if index < 3 else jax.tree.map(jnp.zeros_like, params.trainable)
             assert worst_difference(expected, row) == 0
         assert worst_difference(new.update, jax.tree.map(lambda leaf: leaf.mean(0), stacked)) <= 1e-6
+    silent = uploads._replace(weight=ones.at[0].set(0), reporters=ones.at[0].set(0))  # the first one drops out
+    new, _ = algorithm.combine_each(algorithm.init_server(params, 1), silent, None, None)
+    assert worst_difference(differences[1], jax.tree.map(lambda leaf: leaf[0], new.references)) == 0
 
 
 def test_history_references_are_the_earlier_updates_newest_first(server):

@@ -8,8 +8,10 @@ import pytest
 from small import worst_difference
 from small_softmax import RATE, as_matrices, cohorts, errors, softmax, trained, with_ones
 
+from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.moon import contrast, cosine
+from fedjax_qp.experiment import build, first_state
 from fedjax_qp.federated import Params
 from fedjax_qp.registry import ConfigurationError
 
@@ -83,5 +85,12 @@ def test_features_that_are_off_have_no_gradient():
 def test_a_model_in_one_part_is_refused():
     whole = softmax(HIDDEN).model._replace(parts=None)
     algorithm = algorithms.build("moon", whole, optax.sgd(0.1))
-    with pytest.raises(ConfigurationError, match="choose a model of images"):
+    with pytest.raises(ConfigurationError, match="choose a model of images with hidden layers"):
         algorithm.init_server(Params({}, ()), 1)
+
+
+def test_features_that_are_the_image_itself_are_refused():
+    settings = {"name": "x", "data": "digits", "partition": {"name": "iid", "clients": 10}, "algorithm": "moon"}
+    assert build(config.from_dict({**settings, "model": {"name": "mlp", "hidden": [8]}})).model.parts is not None
+    with pytest.raises(ConfigurationError, match="choose a model of images with hidden layers"):
+        first_state(build(config.from_dict({**settings, "model": {"name": "mlp", "hidden": []}})))
