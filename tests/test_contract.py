@@ -99,7 +99,7 @@ def test_lanes_and_devices_agree(case, parallel, devices, lanes):
 
 def assert_agree(case: str, expected: FederatedState, state: FederatedState) -> None:
     """For a method that searches, the last bit may decide which entry is the last to be kept: its masks must overlap."""
-    if CASES[case].name == "perfit":
+    if CASES[case].name == "perfit" and CASES[case].options.get("search") != "random":
         assert mask_overlap(expected.clients.masks, state.clients.masks) >= 0.98
     else:
         assert worst_difference(expected, state) <= TOLERANCE
