@@ -59,7 +59,7 @@ runs = [
 
 # %%
 what = ["surface", "sharpness", "curvature"]
-small = Settings(examples=300, batch_size=300, grid=9, points=13, samples=5, krylov=15, probes=8)
+small = Settings(examples=300, batch_size=300, grid=9, points=11, samples=5, krylov=15, probes=8)
 inspected = inspect_runs(runs, what=what, settings=small)
 for one in inspected:
     display(Image(filename=one.files[1]))

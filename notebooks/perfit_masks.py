@@ -73,8 +73,9 @@ _ = (folder / "model" / "tokenizer_config.json").write_text(json.dumps(kind))
 
 
 # %% [markdown]
-# The base is trained on its half of the records, all weights, as anyone would do it with optax: the model's loss takes the
-# frozen weights as an argument, so they can be trained too.
+# The base is trained on its half of the records, as anyone would do it with optax: the model's loss takes the frozen weights
+# as an argument, so they can be trained too. One share of a gradient is missing: the loss takes the last layer for constant,
+# which here is the embedding once more.
 
 # %%
 settings = {

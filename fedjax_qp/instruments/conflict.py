@@ -47,8 +47,9 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
 
 def headline(result: dict[str, Any]) -> dict[str, float]:
     """Numbers for the table."""
-    shares = {f"pairs in conflict, {label}": conflict_share(np.array(result[kind])) for kind, label in KINDS.items()}
-    return shares | {f"mean cosine, {label}": mean_cosine(np.array(result[kind])) for kind, label in KINDS.items()}
+    clients, cosines = np.array(result["clients"]), {label: np.array(result[kind]) for kind, label in KINDS.items()}
+    shares = {f"pairs in conflict, {label}": conflict_share(matrix, clients) for label, matrix in cosines.items()}
+    return shares | {f"mean cosine, {label}": mean_cosine(matrix, clients) for label, matrix in cosines.items()}
 
 
 def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
@@ -59,7 +60,8 @@ def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
     for axes, (kind, label) in zip(matrices, KINDS.items(), strict=True):
         cosines = np.array(result[kind])
         axes.imshow(cosines, cmap=DIVERGING, vmin=-1, vmax=1)
-        axes.set_title(f"{label}\n{conflict_share(cosines):.0%} of pairs in conflict", fontsize="medium")
+        share = conflict_share(cosines, np.array(result["clients"]))
+        axes.set_title(f"{label}\n{share:.0%} of pairs in conflict", fontsize="medium")
         axes.set_xticks(range(len(cosines)), result["clients"], rotation=90)
         axes.set_yticks(range(len(cosines)), result["clients"])
         axes.set(xlabel="client", ylabel="client")
@@ -95,6 +97,6 @@ def _summary(round: int, found: Replayed) -> dict[str, Any]:
     """Args: round: of the checkpoint; the updates are those of the round after it."""
     line: dict[str, Any] = {"round": round + 1}
     for kind in KINDS:
-        line[f"{kind}_share"] = conflict_share(getattr(found, kind))
-        line[f"{kind}_mean"] = mean_cosine(getattr(found, kind))
+        line[f"{kind}_share"] = conflict_share(getattr(found, kind), found.clients)
+        line[f"{kind}_mean"] = mean_cosine(getattr(found, kind), found.clients)
     return line

@@ -54,9 +54,9 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Angles and lengths of `settings.draws` cohorts of mutations at a checkpoint.
 
     Returns:
-      "degrees_before", "degrees_after" and "length_before", "length_after" (in units of ‖g‖), lists over the same mutants:
-      those that have an angle before and after. Left out are mutations drawn as zero (the odd client's), and those that
-      the correction makes zero (any −c·g), whose number is "corrected_to_nothing".
+      "degrees_before", "degrees_after" and "length_before", "length_after" (in units of ‖g‖), lists over the
+      mutants that have an angle. Left out are mutations drawn as zero (the odd client's), and of "after" those that the
+      correction makes zero (any −c·g), whose number is "corrected_to_nothing".
     """
     assert isinstance(subject.state.server, MutationServer)
     keys = jax.random.split(jax.random.key(settings.seed), settings.draws)
@@ -65,8 +65,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     cosines, lengths = (np.asarray(values, float).reshape(2, -1) for values in zip(*found, strict=True))
     moved = lengths > 1e-6 * lengths.max(initial=0)
     result: dict[str, Any] = {"corrected_to_nothing": int((moved[0] & ~moved[1]).sum())}
-    for name, cosine, length in zip(("before", "after"), cosines, lengths, strict=True):
-        kept = moved.all(0)
+    for name, kept, cosine, length in zip(("before", "after"), (moved[0], moved.all(0)), cosines, lengths, strict=True):
         result[f"degrees_{name}"] = np.degrees(np.arccos(np.clip(cosine[kept], -1, 1))).tolist()
         result[f"length_{name}"] = length[kept].tolist()
     return result

@@ -117,17 +117,20 @@ def cosine_matrix(rows: PyTree) -> Float[Array, "M M"]:
     return jnp.where(product > 0, gram / jnp.where(product > 0, product, 1), 0)
 
 
-def conflict_share(cosines: Float[np.ndarray, "R R"]) -> float:
+def conflict_share(cosines: Float[np.ndarray, "R R"], clients: Int[np.ndarray, "R"]) -> float:
     """Share of the pairs of different clients whose cosine is negative; NaN without a pair."""
-    pairs = _pairs(cosines)
+    pairs = _pairs(cosines, clients)
     return float((pairs < 0).mean()) if len(pairs) else float("nan")
 
 
-def mean_cosine(cosines: Float[np.ndarray, "R R"]) -> float:
+def mean_cosine(cosines: Float[np.ndarray, "R R"], clients: Int[np.ndarray, "R"]) -> float:
     """Mean cosine of the pairs of different clients; NaN without a pair."""
-    pairs = _pairs(cosines)
+    pairs = _pairs(cosines, clients)
     return float(pairs.mean()) if len(pairs) else float("nan")
 
 
-def _pairs(cosines: Float[np.ndarray, "R R"]) -> Float[np.ndarray, "pairs"]:
-    return cosines[np.triu_indices(len(cosines), 1)]
+def _pairs(cosines: Float[np.ndarray, "R R"], clients: Int[np.ndarray, "R"]) -> Float[np.ndarray, "pairs"]:
+    """A client that was drawn twice is no pair with itself."""
+    first, second = np.triu_indices(len(cosines), 1)
+    different = clients[first] != clients[second]
+    return cosines[first[different], second[different]]

@@ -22,7 +22,7 @@ class Settings:
       batch_size: examples in memory at a time.
       lanes: moved models evaluated side by side.
       seed: of the sample and of all random directions.
-      points: on each line of the surface.
+      points: on each line of the surface. With 11, 21, 31, … the mutants themselves are among them.
       grid: on each side of a plane of the surface; odd, so that the checkpoint is a point of it.
       lines: random lines, and mutations, that the surface is cut along.
       radii: of the sharpness: ‖ε‖ for random, adversarial and mutating directions; the share of a filter's norm for

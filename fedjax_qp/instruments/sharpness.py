@@ -29,7 +29,7 @@ from fedjax_qp.instruments.directions import filter_normalised, on_sphere, sign_
 from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend, style_axes
 from fedjax_qp.instruments.objective import Objective, gradient, loss, losses_at, norm, scaled
 from fedjax_qp.instruments.settings import Settings
-from fedjax_qp.instruments.subject import Subject, global_update
+from fedjax_qp.instruments.subject import Subject, global_update, update_number
 from fedjax_qp.quadratic import full_precision
 
 SAMPLED = {
@@ -37,6 +37,7 @@ SAMPLED = {
     "filter": "random, filter-normalised",
     "mutation": "FedMut's signs on g",
 }
+_BALANCED = ("mutation",)  # as many of each sign, so the samples are not independent
 ADVERSARIAL = {"adversarial": "adversarial, one step", "ascent": "adversarial, several steps"}
 
 
@@ -51,7 +52,7 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     """Rises of the mean loss over the sample of training examples.
 
     Returns:
-      "radii"; of each kind "mean" and "error" (standard error over samples; the adversarial ones have none), lists over the
+      "radii"; of each kind "mean" and "error" (standard error over independent samples; None for the others), lists over the
       radii; "mutants", the rises at the method's own ("before" and "after" the QP), and their mean "lengths" in ‖g‖.
     """
     model, trainable = subject.run.experiment.model, subject.params.trainable
@@ -72,8 +73,8 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for name, losses in found.sampled.items():
         rises = np.asarray(losses, float) - float(found.centre)
-        errors = rises.std(1, ddof=1) / np.sqrt(settings.samples)
-        kinds[name] = {"mean": rises.mean(1).tolist(), "error": errors.tolist()}
+        errors = (rises.std(1, ddof=1) / np.sqrt(settings.samples)).tolist()
+        kinds[name] = {"mean": rises.mean(1).tolist(), "error": None if name in _BALANCED else errors}
     for name in ADVERSARIAL:
         rises = np.asarray(getattr(found, name), float) - float(found.centre)
         kinds[name] = {"mean": rises.tolist(), "error": None}
@@ -95,7 +96,7 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
     for name, rises in (result["mutants"] or {}).items():
         found[f"rise at own mutants {name} the QP (mean)"] = float(np.mean(rises))
         found[f"rise at own mutants {name} the QP (largest)"] = float(np.max(rises))
-    return found
+    return found | update_number(result["update_source"])
 
 
 def draw(result: dict[str, Any], title: str, path: Path) -> Figure:

@@ -132,6 +132,11 @@ def with_update(subject: Subject) -> Subject:
     return subject._replace(update=Update(difference(after, here), "next"))
 
 
+def update_number(source: str) -> dict[str, float]:
+    """Which update g was, as a number beside the others: runs can only be compared along g where it is the same."""
+    return {"g is the last update (0) or the next (1)": float(source == "next")}
+
+
 def global_update(subject: Subject) -> PyTree:
     """g of a subject that `with_update` gave."""
     assert subject.update is not None, "call with_update first"

@@ -20,7 +20,7 @@ from fedjax_qp.instruments.directions import filter_normalised, sign_mutations
 from fedjax_qp.instruments.drawing import SEQUENTIAL, curve_style, place_legend, style_axes
 from fedjax_qp.instruments.objective import losses_at
 from fedjax_qp.instruments.settings import Settings
-from fedjax_qp.instruments.subject import Subject, global_update
+from fedjax_qp.instruments.subject import Subject, global_update, update_number
 
 _REACH = 1.25  # lines and planes of mutations go this far beyond the mutant
 
@@ -108,6 +108,7 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
         "rise at w + g": rise("update", 1.0),
         "rise at w − g": rise("update", -1.0),
         "rise at the mutants shown": rise("corrected", 1.0),
+        **update_number(result["update_source"]),
     }
 
 

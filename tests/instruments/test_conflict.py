@@ -23,6 +23,13 @@ def test_cosine_matrix_is_numpy_s():
 
 def test_share_and_mean_count_each_pair_once():
     cosines = np.array([[1, -0.5, 0.2], [-0.5, 1, -0.1], [0.2, -0.1, 1]])
-    assert conflict_share(cosines) == pytest.approx(2 / 3)
-    assert mean_cosine(cosines) == pytest.approx(-0.4 / 3)
-    assert np.isnan(conflict_share(np.ones((1, 1))))
+    clients = np.array([4, 7, 9])
+    assert conflict_share(cosines, clients) == pytest.approx(2 / 3)
+    assert mean_cosine(cosines, clients) == pytest.approx(-0.4 / 3)
+    assert np.isnan(conflict_share(np.ones((1, 1)), np.array([4])))
+
+
+def test_a_client_that_was_drawn_twice_is_no_pair_with_itself():
+    cosines = np.array([[1, 1, -0.1], [1, 1, -0.1], [-0.1, -0.1, 1]])
+    assert conflict_share(cosines, np.array([4, 4, 9])) == 1
+    assert mean_cosine(cosines, np.array([4, 4, 9])) == pytest.approx(-0.1)

@@ -141,7 +141,7 @@ def check_replay(opened: InspectedRun, round: int) -> None:
     assert len(found.clients) == line["reporting"]
     if line["reporting"] > 1:
         recorded = line["update/cosine_between_clients"]
-        np.testing.assert_allclose(mean_cosine(found.progress), recorded, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(mean_cosine(found.progress, found.clients), recorded, rtol=1e-3, atol=1e-4)
 
 
 def test_accuracy_of_clients(runs, inspected):
