@@ -189,10 +189,11 @@ def report(
     console.print(comparison.table(rows))
     stem = arguments.output or _results(arguments, phase)
     note = f"\nDiverged, and in no mean: {', '.join(diverged)}.\n" if diverged else ""
-    stem.with_suffix(".md").write_text(comparison.to_markdown(rows) + note)
-    stem.with_suffix(".json").write_text(comparison.to_json(rows))
-    plot_comparison(runs, stem.with_suffix(".png"))
-    with stem.with_suffix(".csv").open("w", newline="") as file:
+    files = {ending: stem.with_name(stem.name + ending) for ending in (".md", ".json", ".png", ".csv")}
+    files[".md"].write_text(comparison.to_markdown(rows) + note)
+    files[".json"].write_text(comparison.to_json(rows))
+    plot_comparison(runs, files[".png"])
+    with files[".csv"].open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "round", "train_loss", "test_loss", "test_accuracy", "client_accuracy_q10", "drift"])
         for folder in folders:
@@ -240,6 +241,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.tuned and arguments.phase == "tune":
         parser.error("--tuned takes over another task's settings; leave it out to tune.")
+    if arguments.output and arguments.phase in ("tune", "report"):
+        parser.error(f"--output names the files of one comparison; leave it out of {arguments.phase}.")
     arguments.only_report = arguments.phase == "report"
     keep_programs()
     console = Console()

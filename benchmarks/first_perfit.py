@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from first_look import finished_or_run
 from rich.console import Console
+from rich.markup import escape
 
 from fedjax_qp import compare as comparison
 from fedjax_qp.adapters import answer, client_params, language_of
@@ -38,7 +39,9 @@ def show_answers(folder: Path, console: Console) -> None:
     before = answer(language, nobody, QUESTIONS, template=template)
     after = answer(language, client_params(experiment, state, 0, "aggregated"), QUESTIONS, template=template)
     for question, first, second in zip(QUESTIONS, before, after, strict=True):
-        console.print(f"\n[bold]{question}[/bold]\n[dim]before:[/dim] {first}\n[dim]client 0:[/dim] {second}")
+        console.print(
+            f"\n[bold]{question}[/bold]\n[dim]before:[/dim] {escape(first)}\n[dim]client 0:[/dim] {escape(second)}"
+        )
 
 
 def main() -> None:

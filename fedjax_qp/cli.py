@@ -9,6 +9,7 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from fedjax_qp.cache import keep_programs
 from fedjax_qp.instruments.settings import Settings, What
@@ -276,7 +277,7 @@ def answer(
     template = experiment.config.text.template
     found = answers_of(language_of(experiment), params, instructions, template=template, new_tokens=new_tokens)
     for instruction, text in zip(instructions, found, strict=True):
-        Console().print(f"[bold]{instruction}[/bold]\n{text}\n")
+        Console().print(f"[bold]{escape(instruction)}[/bold]\n{escape(text)}\n")
     return 0
 
 

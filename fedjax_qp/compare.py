@@ -8,11 +8,12 @@ comes from these. Settings other than the algorithm in which compared runs diffe
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from fedjax_qp import config as configuration
@@ -284,30 +285,35 @@ def table(rows: list[Row]) -> Table:
     for index, heading in enumerate(headings(rows)):
         result.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        result.add_row(*cells(row, rows))
+        result.add_row(*map(escape, cells(row, rows)))
     return result
 
 
 def to_markdown(rows: list[Row]) -> str:
     """The same table in Markdown."""
-    rules = [":--", *["--:"] * (len(headings(rows)) - 1)]
-    body = [
-        [cell.replace("|", "\\|") for cell in line]
-        for line in (headings(rows), rules, *(cells(row, rows) for row in rows))
-    ]
-    lines = ["| " + " | ".join(line) + " |" for line in body]
     remarks = [f"- {note}" for note in notes(rows)]
+    lines = markdown_lines(headings(rows), [cells(row, rows) for row in rows])
     return "\n".join([*lines, *([""] if remarks else []), *remarks]) + "\n"
+
+
+def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table whose first column holds names and whose others hold numbers."""
+    rules = [":--", *["--:"] * (len(headings) - 1)]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (headings, rules, *rows)]
+    return ["| " + " | ".join(line) + " |" for line in escaped]
 
 
 def to_json(rows: list[Row]) -> str:
     """All numbers of the rows, unrounded."""
-    return json.dumps([_dict(row) for row in rows], indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps([as_dict(row) for row in rows], indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _dict(value: Any) -> Any:
+def as_dict(value: Any) -> Any:
+    """Named tuples as dicts, also inside of other values."""
     if hasattr(value, "_asdict"):
-        return {key: _dict(item) for key, item in value._asdict().items()}
+        return {key: as_dict(item) for key, item in value._asdict().items()}
+    if isinstance(value, dict):
+        return {key: as_dict(item) for key, item in value.items()}
     return value
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
-from fedjax_qp.compare import Method, Run, Spread, methods, spread
+from fedjax_qp.compare import Method, Run, Spread, as_dict, markdown_lines, methods, spread
 from fedjax_qp.registry import unknown_name
 
 VIEWS = {"aggregated": "personal", "tuned": "tuned"}  # our word: the key in a record
@@ -58,19 +59,18 @@ def personal_table(rows: Iterable[PersonalRow]) -> Table:
     for name in COLUMNS:  # in a narrow terminal words are broken, and no figure is left out
         table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
     for row in rows:
-        table.add_row(*personal_cells(row))
+        table.add_row(*map(escape, personal_cells(row)))
     return table
 
 
 def personal_markdown(rows: Iterable[PersonalRow]) -> str:
     """The same as Markdown."""
-    lines = [list(COLUMNS), ["---"] + ["---:"] * (len(COLUMNS) - 1), *map(personal_cells, rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return "\n".join(markdown_lines(COLUMNS, map(personal_cells, rows))) + "\n"
 
 
 def personal_json(rows: Iterable[PersonalRow]) -> str:
     """The same with all digits."""
-    return json.dumps([row._asdict() for row in rows], indent=1)
+    return json.dumps([as_dict(row) for row in rows], indent=1)
 
 
 COLUMNS = (
@@ -120,7 +120,10 @@ def _row(method: Method, base: Method | None) -> PersonalRow:
 
 def _common(run: Run) -> float | None:
     losses = [record["test_loss"] for record in run.records if record.get("test_loss") is not None]
-    return math.exp(losses[-1]) if losses else None
+    try:
+        return math.exp(losses[-1]) if losses else None
+    except OverflowError:  # not a number that JSON has
+        return None
 
 
 def personal_cells(row: PersonalRow) -> list[str]:

@@ -138,7 +138,7 @@ class Config:
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     rounds: Count = 100
     folder: str = "runs"
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of the clients' matrix products, see `precision`
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of matrix products in training and tests
     local: Local = dataclasses.field(default_factory=Local)
     text: Text = dataclasses.field(default_factory=Text)
     participation: Participation = dataclasses.field(default_factory=Participation)

@@ -18,12 +18,11 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.table import Table
 
-from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config
 from fedjax_qp.data.sequences import Sequences
 from fedjax_qp.devices import check_devices, settle
 from fedjax_qp.engine import Devices, PersonalTests, Program, TestSet, make_program
-from fedjax_qp.experiment import local_optimizer, resolve
+from fedjax_qp.experiment import method, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.models import gguf, language_models, lora
 from fedjax_qp.models.language import language_model
@@ -83,7 +82,8 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
     Args:
       config: of a run with a language model; pmap is laid out as shard_map, which takes the same memory.
       clients: K, the federation's clients.
-      sequences_per_client: packed training sequences of each client. Test sequences are `text.test_records` of each.
+      sequences_per_client: packed training sequences of each client; they count as on the device, also where
+        engine.data_store is host. Test sequences are `text.test_records` of each.
 
     Raises:
       ConfigurationError: no language model, or more devices than are visible.
@@ -98,9 +98,7 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         )
     base = read_config(folder)
     model = _model(config, base)
-    algorithm = algorithms[config.algorithm.name](
-        model, optimizer=local_optimizer(config.local), **config.algorithm.options
-    )
+    algorithm = method(config, model)({})
     engine = config.engine
     layout = Devices(
         "vmap" if engine.parallel == "vmap" else "shard_map",

@@ -1,9 +1,10 @@
 """The precision of matrix products: whole float32, or their operands rounded to tf32 or bfloat16.
 
 Everything else stays in float32: parameters and optimizer (the "master weights"), sums within a product, normalisation,
-losses, and all that the server does. The products are found in the traced program, gradients included, so that the option
-holds for any model and any method's client step. On devices with units for a type the compiler uses them; elsewhere
-the operands are rounded all the same, which shows the effect on accuracy but saves no time.
+losses, and all that the server does. Tests are rounded like training, so their losses carry its error too. The products are
+found in the traced program, gradients included, so that the option holds for any model and any method's client step. On
+devices with units for a type the compiler uses them; elsewhere the operands are rounded all the same, which shows the effect
+on accuracy but saves no time.
 
 Source: Micikevicius et al., "Mixed precision training", ICLR 2018 (float32 master weights).
 """
