@@ -19,7 +19,7 @@ _KINDS: dict[str, Sequence[Registry]] = {
 }
 
 
-def listing(what: str) -> list[Table | str]:
+def listing(what: str) -> Sequence[Table | str]:
     """Tables of parts, or the explanation of one.
 
     Args:

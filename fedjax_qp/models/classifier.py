@@ -1,7 +1,7 @@
 """A network as the pure functions that algorithms train: normalised inputs, masked cross-entropy, sums per class."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def _losses(logits: Float[Array, "B classes"] | Float[Array, "B T classes"], bat
     return jnp.where(batch.mask, -chosen.mean(-1), 0)
 
 
-def _learns_features(network: Any) -> bool:
+def _learns_features(network: nnx.Module) -> TypeGuard[Network]:
     """Whether there is a last layer, and layers before it: otherwise its input would be the image itself."""
     if not isinstance(network, Network):
         return False
