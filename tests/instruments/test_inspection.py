@@ -112,7 +112,9 @@ def test_corrected_mutations_are_acute_and_drawn_ones_are_not(runs, inspected):
     assert result["headline"]["acute mutations after the QP (share)"] == 1.0
     # What was acute stays as it was drawn, what was not ends at a right angle: the nearest of the fan.
     before, after = (np.array(result[f"degrees_{name}"]) for name in ("before", "after"))
-    np.testing.assert_allclose(after, np.minimum(before, 90), atol=0.1)
+    opposite = before > 180 - 0.1  # they end at nothing, which has no angle
+    assert opposite.sum() == result["corrected_to_nothing"]
+    np.testing.assert_allclose(after, np.minimum(before[~opposite], 90), atol=0.1)
 
 
 def test_the_corrected_mutants_are_those_of_the_next_round(runs, inspected):
