@@ -21,7 +21,7 @@ from fedjax_qp.experiment import Experiment, advice, build, first_state, with_la
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_layout
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run_folder import OpenRun, begin_folder, make_folder
+from fedjax_qp.run_folder import OpenRun, begin_folder, lock_run, make_folder
 from fedjax_qp.simulate import NonFiniteLoss, simulate_together
 from fedjax_qp.startup import Startup
 from fedjax_qp.trackers import check_trackers
@@ -109,9 +109,10 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
         console.print(
             "from here on its numbers equal those of an uninterrupted run up to rounding, not to the last bit"
         )
-    settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
-    if processes.first() and (changed or settled is not experiment):
-        configuration.save(settled.config, file)
+    with lock_run(folder):
+        settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
+        if processes.first() and (changed or settled is not experiment):
+            configuration.save(settled.config, file)
     experiment = settled
     like = first_state(experiment)
     with Checkpoints(folder / "checkpoints", keep=config.checkpoints.keep) as checkpoints:

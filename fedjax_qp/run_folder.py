@@ -1,5 +1,6 @@
 """The folder of one run while it is written: configuration, records, checkpoints, and when to stop."""
 
+import contextlib
 import json
 import tempfile
 import time
@@ -53,6 +54,18 @@ def begin_folder(experiment: Experiment) -> None:
     configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run
 
 
+def lock_run(folder: Path) -> contextlib.ExitStack:
+    """Keeps other processes from writing to a run until it is closed; of several that share the run the first one does.
+
+    Raises:
+      ConfigurationError: another process continues the run.
+    """
+    held = contextlib.ExitStack()
+    if processes.first():
+        held.enter_context(lock_folder(folder, "run.lock", "continues the run"))
+    return held
+
+
 class OpenRun:
     """A run under way. A context manager: leaving it waits for the last checkpoint and draws the run's figure.
 
@@ -66,7 +79,7 @@ class OpenRun:
         """
         self.config, self.folder, self.done = config, folder, done
         self._writes = processes.first()
-        self._lock = lock_folder(folder, "run.lock", "continues the run") if self._writes else None
+        self._lock = lock_run(folder)
         self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
         processes.meet("the records are read")  # before the first process cuts them off
         self._recorder = Recorder(self.folder, resume_round=done or None) if self._writes else None
@@ -154,7 +167,7 @@ class OpenRun:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._checkpoints.close()
-        if self._recorder is None or self._trackers is None or self._lock is None:
+        if self._recorder is None or self._trackers is None:
             return
         self._recorder.close()
         self._trackers.close(self.reason if error is None else None)

@@ -32,7 +32,7 @@ from fedjax_qp.lanes import choose_layout
 from fedjax_qp.records import ENDED
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import Outcome, continue_runs
-from fedjax_qp.run_folder import begin_folder, make_folder
+from fedjax_qp.run_folder import begin_folder, lock_run, make_folder
 from fedjax_qp.startup import Startup
 from fedjax_qp.trackers import check_trackers
 
@@ -121,25 +121,36 @@ def _run_group(configs: Sequence[Config], console: Console, stop: Stop) -> list[
         experiments.append(build(config, experiments[0] if experiments else None))
     states = [_begin(experiment) for experiment in experiments]
     startup.done("data")
+    rounds = [int(state.round) for state in states]
+    levels = [[run for run, done in enumerate(rounds) if done == level] for level in sorted(set(rounds))]
+    outcomes = _one_after_another(experiments, states, levels, console, startup, stop)
+    return [outcomes[run] for run in range(len(configs))]
+
+
+def _one_after_another(
+    experiments: Sequence[Experiment],
+    states: Sequence[FederatedState],
+    levels: Sequence[list[int]],
+    console: Console,
+    startup: Startup,
+    stop: Stop,
+) -> dict[int, Outcome]:
+    """How each run of the levels ended, by position; after an interruption no further level begins."""
     outcomes: dict[int, Outcome] = {}
-    for done in sorted({int(state.round) for state in states}):
-        level = [run for run, state in enumerate(states) if int(state.round) == done]
+    for level in levels:
         if _interrupted(outcomes.values()):
-            found = [_left_out(experiments[run], states[run]) for run in level]
+            found = [
+                Outcome(experiments[run].config.run_folder, int(states[run].round), "interrupted") for run in level
+            ]
         else:
             found = _run_level(experiments, states, level, console, startup, stop)
         outcomes |= dict(zip(level, found, strict=True))
         startup = Startup()
-    return [outcomes[run] for run in range(len(configs))]
+    return outcomes
 
 
 def _interrupted(outcomes: Iterable[Outcome]) -> bool:
     return any(outcome.reason == "interrupted" for outcome in outcomes)
-
-
-def _left_out(experiment: Experiment, state: FederatedState) -> Outcome:
-    """Of a run that an interruption keeps from going on."""
-    return Outcome(experiment.config.run_folder, int(state.round), "interrupted")
 
 
 def _run_level(
@@ -167,13 +178,8 @@ def _run_level(
             raise
         names = ", ".join(differing_settings([experiment.config for experiment in together]))
         console.print(f"one program cannot hold different {names} of this method ({error.args[0].splitlines()[0]})")
-    found: list[Outcome] = []
-    for run in level:
-        if _interrupted(found):
-            found.append(_left_out(experiments[run], states[run]))
-        else:
-            found += _run_level(experiments, states, [run], console, Startup(), stop)
-    return found
+    outcomes = _one_after_another(experiments, states, [[run] for run in level], console, Startup(), stop)
+    return [outcomes[run] for run in level]
 
 
 def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> list[Experiment]:
@@ -213,7 +219,8 @@ def _begin(experiment: Experiment) -> FederatedState:
         return state
     held = configuration.load(folder / "config.yaml")
     if held.rounds != experiment.config.rounds:
-        configuration.save(dataclasses.replace(held, rounds=experiment.config.rounds), folder / "config.yaml")
+        with lock_run(folder):
+            configuration.save(dataclasses.replace(held, rounds=experiment.config.rounds), folder / "config.yaml")
     with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
         return checkpoints.restore(state) or state
 

@@ -189,6 +189,7 @@ def test_a_run_that_another_process_continues_is_left_alone(tmp_path):
     with lock_folder(outcome.folder, "run.lock", "continues"), pytest.raises(ConfigurationError, match=message):
         resume(outcome.folder, ["rounds=4"], quiet())
     assert (outcome.folder / "records.jsonl").read_bytes() == before
+    assert config.load(outcome.folder / "config.yaml").rounds == 2
     assert resume(outcome.folder, ["rounds=4"], quiet()).rounds == 4
 
 

@@ -65,9 +65,8 @@ def machine(platforms: str) -> Machine:
         return Machine(cores(), ())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        names = itertools.takewhile(
-            lambda name: name and not name.startswith("-"), visible.split(",")
-        )  # as CUDA reads it
+        # As CUDA reads it: what stands behind an entry that is none is hidden too.
+        names = itertools.takewhile(lambda name: name and not name.startswith("-"), visible.split(","))
         return Machine(cores(), tuple(names))
     try:
         found = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True, timeout=30)

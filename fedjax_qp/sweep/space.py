@@ -322,7 +322,6 @@ def _plain_space(space: dict[str, Dimension]) -> dict[str, Any]:
     }
 
 
-def _plain_range(range: Range) -> dict[str, Any]:
-    return {
-        name: value for name, value in dataclasses.asdict(range).items() if value is not None and value is not False
-    }
+def _plain_range(interval: Range) -> dict[str, Any]:
+    values = dataclasses.asdict(interval)
+    return {name: value for name, value in values.items() if value is not None and value is not False}
