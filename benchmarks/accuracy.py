@@ -185,7 +185,7 @@ def report(
     runs = comparison.load_runs(folders)
     wanted = f"{arguments.config.stem}-{phase}-fedavg-uniform"
     baseline = wanted if any(method.label == wanted for method in comparison.methods(runs)) else None
-    rows = comparison.summary(runs, last=LAST, target=None, baseline=baseline)
+    rows = comparison.summary(runs, last=arguments.last, target=None, baseline=baseline)
     console.print(comparison.table(rows))
     stem = arguments.output or _results(arguments, phase)
     note = f"\nDiverged, and in no mean: {', '.join(diverged)}.\n" if diverged else ""
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/cifar10_lenet_0.1.yaml"))
     parser.add_argument("--rounds", type=int, help="instead of the phase's own number")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the phase's own seeds")
+    parser.add_argument("--last", type=int, default=LAST, help="the evaluations at the end whose mean is reported")
     parser.add_argument("--methods", nargs="+", help="only these of the comparison or the tuning")
     parser.add_argument("--tuned", type=Path, help="file of another task's tuning, whose settings are taken over")
     parser.add_argument("--output", type=Path, help="the report's files, without ending; default by task and phase")

@@ -118,13 +118,12 @@ def taken_part(work: Workload, first_round: int, end: int) -> set[int]:
     return {int(client) for cohort in cohorts for client in cohort.clients[cohort.steps > 0]}
 
 
-def due(work: Workload, round: int, cohort: Cohort) -> Bool[np.ndarray, "M"]:
-    """Who of a cohort prepares in this round: those who have not taken part since preparations last began anew."""
+def _prepared(work: Workload, round: int) -> set[int]:
+    """Clients who need no preparation in a round: they have taken part since preparations last began anew."""
     if work.preparation is None:
-        return np.zeros(len(cohort.clients), bool)
+        return set()
     every = work.preparation.every
-    seen = taken_part(work, 0 if every is None else round // every * every, round)
-    return np.asarray(cohort.steps > 0) & ~np.isin(cohort.clients, list(seen))
+    return taken_part(work, 0 if every is None else round // every * every, round)
 
 
 def client_batches(
@@ -229,9 +228,12 @@ def plan_together(
         np.zeros((lanes, capacity), np.int32),
     )
     preparations = _no_preparations(works, capacity, lanes)
+    prepared = [
+        _prepared(work, first_round) for work in works
+    ]  # kept up to date: earlier cohorts are drawn once a chunk
     for index in range(rounds):
         round = first_round + index
-        planned = [_cohort(work, round) for work in works]
+        planned = [_cohort(work, round, before) for work, before in zip(works, prepared, strict=True)]
         for whole, parts in zip(cohorts, zip(*(cohort for cohort, _ in planned), strict=True), strict=True):
             whole[index] = np.concatenate(parts)
         prepares = np.concatenate([prepares for _, prepares in planned])
@@ -249,14 +251,22 @@ def of_run(plan: Plan, run: int, runs: int) -> Plan:
     return plan._replace(cohorts=Cohort(*(leaf[:, mine] for leaf in plan.cohorts)), rows=plan.rows[:, mine])
 
 
-def _cohort(work: Workload, round: int) -> tuple[Cohort, Bool[np.ndarray, "M"]]:
-    """The cohort of a round, and who of it prepares; what that counts for is taken off."""
+def _cohort(work: Workload, round: int, prepared: set[int]) -> tuple[Cohort, Bool[np.ndarray, "M"]]:
+    """The cohort of a round, and who of it prepares; what that counts for is taken off.
+
+    Args:
+      prepared: clients prepared before this round. Those who report are added.
+    """
     cohort = sample_cohort(work, round)
-    prepares = due(work, round, cohort)
-    if work.preparation is not None:
-        fewer = np.maximum(cohort.steps - work.preparation.charged, 1)
-        cohort = cohort._replace(steps=np.where(prepares, fewer, cohort.steps).astype(np.int32))
-    return cohort, prepares
+    if work.preparation is None:
+        return cohort, np.zeros(len(cohort.clients), bool)
+    if work.preparation.every is not None and round % work.preparation.every == 0:
+        prepared.clear()
+    reports = np.asarray(cohort.steps > 0)
+    prepares = reports & ~np.isin(cohort.clients, list(prepared))
+    prepared.update(cohort.clients[reports].tolist())
+    fewer = np.maximum(cohort.steps - work.preparation.charged, 1)
+    return cohort._replace(steps=np.where(prepares, fewer, cohort.steps).astype(np.int32)), prepares
 
 
 def _fill_lanes(lanes: Lanes, works: Sequence[Workload], cohorts: Cohort, round: int, index: int) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_qp.config import Local, Participation
+from fedjax_qp.federated import Preparation
 from fedjax_qp.plan import IDLE, Workload, client_batches, client_steps, pack, plan_chunk, sample_cohort, steps_bound
 
 
@@ -66,6 +67,23 @@ def test_a_plan_does_not_depend_on_lanes_chunks_or_earlier_rounds():
         one = alone.lanes.examples[:, 0][alone.lanes.slots[:, 0] == slot]
         other = within.lanes.examples[:, 2][within.lanes.slots[:, 2] == slot]
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("every", [None, 3])
+def test_who_prepares_does_not_depend_on_the_chunks(every):
+    work = workload([12, 17, 9, 30], cohort=2, dropout=0.3)
+    work = work._replace(preparation=Preparation(batches=1, every=every, charged=1))
+    whole = chunk(work, lanes=1, rounds=12)
+    turns = np.concatenate([chunk(work, 1, round, rounds=1).preparations.turns for round in range(12)], axis=1)
+    np.testing.assert_array_equal(whole.preparations.turns, turns)
+    reported: set[int] = set()
+    for round in range(12):
+        if every is not None and round % every == 0:
+            reported.clear()
+        cohort = sample_cohort(work, round)
+        clients = cohort.clients[cohort.steps > 0].tolist()
+        assert whole.preparations.turns[0, round] == len(set(clients) - reported)
+        reported.update(clients)
 
 
 def test_evaluation_falls_on_multiples_and_on_the_last_round():
