@@ -25,14 +25,15 @@ from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.adapters import Expansion, Mix, blend, entry_metrics, training_metrics
-from fedjax_qp.algorithms.importance import flatten, keep_top, schedule, taylor_scores, unflatten
+from fedjax_qp.algorithms.importance import by_rank, flatten, keep_top, schedule, taylor_scores, unflatten
 from fedjax_qp.algorithms.local import LocalState, LocalTraining, Weighting, client_weight
 from fedjax_qp.algorithms.sparse import Level, check_levels, masked_training
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params, Preparation
 from fedjax_qp.models import lora
 from fedjax_qp.registry import ConfigurationError
 
-Search = Literal["taylor", "random", "common_random"]
+Search = Literal["taylor", "taylor_ranks", "random", "common_random"]
+_TAYLOR = ("taylor", "taylor_ranks")
 
 
 class PerfitServer(NamedTuple):
@@ -71,7 +72,7 @@ def check_warm_up(search: Search, warm_up: int, levels: tuple[float, ...], expan
     Raises:
       ConfigurationError: a Taylor search without warm-up.
     """
-    if search == "taylor" and warm_up == 0 and min(levels) < expansion:
+    if search in _TAYLOR and warm_up == 0 and min(levels) < expansion:
         raise ConfigurationError(
             "algorithm.warm_up = 0: B starts at 0, so every Taylor score is 0 and the search would prune by index. Choose at "
             "least 1, or algorithm.search = 'random'."
@@ -114,7 +115,8 @@ def perfit(
       prunings: Q, steps of the pruning, each scored anew.
       warm_up: local steps on the dense module before the search; taken off the round's local steps.
       score_batches: batches over which a pruning's gradient is averaged.
-      search: "taylor", or random masks of the same size: each client's own, or one for all.
+      search: "taylor", or as controls of ours "taylor_ranks", which keeps the best ranks whole, and random masks of the same
+        size: each client's own, or one for all.
       search_every: rounds between searches; None = once, in the first round a client takes part in.
       levels: ρ, resource levels; client k has level k modulo their number.
       grouped: average only over clients of the same level.
@@ -143,9 +145,10 @@ def perfit(
         dense = mixed(of_group(shared, own.group), memory)
         warm_up_key, search_key = jax.random.split(key)
         warmed = _warm_up(training, frozen, dense, jax.tree.map(lambda leaf: leaf[:warm_up], batches), warm_up_key)
-        if search == "taylor":
+        if search in _TAYLOR:
             counts = schedule(int(lora.count(dense)), own.budget, prunings)
-            masks = _search(model, frozen, warmed, jax.tree.map(lambda leaf: leaf[warm_up:], batches), counts)
+            scored = jax.tree.map(lambda leaf: leaf[warm_up:], batches)
+            masks = _search(model, frozen, warmed, scored, counts, whole_ranks=search == "taylor_ranks")
         else:
             common = jax.random.key(shared.seed)
             masks = _random_masks(dense, own.budget, search_key if search == "random" else common)
@@ -245,7 +248,7 @@ def perfit(
         preparation=Preparation(warm_up + prunings * score_batches, search_every, warm_up),
         tuned=tuned,
         tunes_adapters=True,
-        unused=() if search == "taylor" else ("prunings", "score_batches"),
+        unused=() if search in _TAYLOR else ("prunings", "score_batches"),
     )
 
 
@@ -261,7 +264,9 @@ def _warm_up(training: LocalTraining, frozen: PyTree, dense: PyTree, batches: Ba
     return final.params.trainable
 
 
-def _search(model: Model, frozen: PyTree, adapters: PyTree, batches: Batch, counts: Int[Array, "Q"]) -> PyTree:
+def _search(
+    model: Model, frozen: PyTree, adapters: PyTree, batches: Batch, counts: Int[Array, "Q"], *, whole_ranks: bool
+) -> PyTree:
     """Prunes in Q steps, each scored on its own batches, with the mask as it then is and without dropout.
 
     A factor common to all scores decides nothing, so gradients are summed, not averaged.
@@ -282,7 +287,8 @@ def _search(model: Model, frozen: PyTree, adapters: PyTree, batches: Batch, coun
     def prune(flat: Bool[Array, "P"], turn: tuple) -> tuple[Bool[Array, "P"], None]:
         count, some = turn
         gradient = gradient_sum(unflatten(flat, adapters), some)
-        return keep_top(taylor_scores(adapters, gradient), flat, count), None
+        scores = taylor_scores(adapters, gradient)
+        return keep_top(by_rank(scores, adapters) if whole_ranks else scores, flat, count), None
 
     flat, _ = jax.lax.scan(prune, jnp.ones(int(lora.count(adapters)), bool), (counts, by_pruning))
     return unflatten(flat, adapters)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedjax_qp.algorithms.importance import flatten, keep_top, schedule, taylor_scores, unflatten
+from fedjax_qp.algorithms.importance import by_rank, flatten, keep_top, schedule, taylor_scores, unflatten
 
 ADAPTERS = {
     "q_proj": {"a": jnp.arange(6.0).reshape(1, 3, 2) - 2, "b": jnp.ones((1, 2, 4))},
@@ -47,6 +47,17 @@ def test_scores_are_the_products_and_flatten_has_an_inverse():
         for side, theta in module.items():
             np.testing.assert_array_equal(scores[name][side], np.abs(theta * (theta + 1)))
     assert flatten(ADAPTERS).shape == (6 + 8 + 6 + 2,)
+
+
+def test_a_rank_has_the_mean_score_of_its_column_and_row():
+    scores = np.random.default_rng(0).random(22).astype(np.float32)
+    tree = unflatten(jnp.array(scores), ADAPTERS)
+    found = unflatten(by_rank(jnp.array(scores), ADAPTERS), ADAPTERS)
+    for name, sides in tree.items():
+        for rank in range(2):
+            mean = np.concatenate([sides["a"][0, :, rank], sides["b"][0, rank]]).mean()
+            np.testing.assert_allclose(found[name]["a"][0, :, rank], mean, rtol=1e-6)
+            np.testing.assert_allclose(found[name]["b"][0, rank], mean, rtol=1e-6)
 
 
 def test_one_pruning_goes_straight_to_the_budget():

@@ -150,6 +150,23 @@ def test_the_search_keeps_the_largest_products(prunings):
     np.testing.assert_array_equal(flatten(memory.adapters), np.where(expected, theta, 0))
 
 
+def test_whole_ranks_are_kept_to_the_exact_budget():
+    """All ranks of a client but one are whole or gone, so that more products stay than of single entries."""
+    run, entrywise = played(search="taylor_ranks", rounds=1), played(rounds=1)
+    for client, memory in enumerate(run.memories):
+        assert kept(memory) == entries()
+        shares = [
+            np.concatenate([sides["a"][layer, :, rank], sides["b"][layer, rank]]).mean()
+            for sides in jax.tree.map(np.asarray, memory.masks).values()
+            for layer in range(len(sides["a"]))
+            for rank in range(2 * RANK)
+        ]
+        assert sum(0 < share < 1 for share in shares) <= 1
+        metrics = (some.metrics[0][client] for some in (run, entrywise))
+        whole, single = (float(found["client/product_share"]) for found in metrics)
+        assert whole > single
+
+
 @pytest.mark.parametrize(("every", "cohort"), [(None, ALL), (2, ALL), (None, 5)])
 def test_searches_happen_when_they_should(every, cohort):
     """A search shows in the traffic: the dense average comes down."""
