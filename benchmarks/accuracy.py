@@ -19,6 +19,7 @@ With `--tuned benchmarks/results/OTHER-tune.json` the settings are those found o
 import argparse
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp import records
 from fedjax_qp.cache import keep_programs
 from fedjax_qp.plots import plot_comparison
+from fedjax_qp.run import Outcome
 from fedjax_qp.together import run_together
 
 TUNE = {
@@ -117,6 +119,18 @@ def configure(arguments: argparse.Namespace, phase: str, label: str, method: str
     return configuration.load(arguments.config, overrides)
 
 
+def run_all(configs: Sequence[configuration.Config], console: Console) -> list[Outcome]:
+    """Runs what is missing of them.
+
+    Raises:
+      SystemExit: they were interrupted; the same command continues.
+    """
+    outcomes = run_together(configs, console)
+    if any(outcome.reason == "interrupted" for outcome in outcomes):
+        raise SystemExit(130)
+    return outcomes
+
+
 def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
     """Runs the settings of every tuned method; returns the best of each and keeps all scores in a file.
 
@@ -140,7 +154,7 @@ def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
                 "drift": mean_drift(outcome.folder),
                 "diverged": (outcome.folder / records.FAILURE).exists(),
             }
-            for setting, outcome in zip(settings, run_together(configs, console), strict=True)
+            for setting, outcome in zip(settings, run_all(configs, console), strict=True)
         ]
         chosen[method] = max(rows, key=lambda row: row["accuracy"])["setting"]
         scores += rows
@@ -167,7 +181,7 @@ def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str
     for label, method in methods.items():
         configs = [configure(arguments, phase, label, method, seed) for seed in arguments.seeds or PHASES[phase][0]]
         if not arguments.only_report:
-            run_together(configs, console)
+            run_all(configs, console)
         for config in configs:
             if _is_finished(config.run_folder, config.rounds):
                 folders.append(config.run_folder)

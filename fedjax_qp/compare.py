@@ -296,9 +296,9 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n".join([*lines, *([""] if remarks else []), *remarks]) + "\n"
 
 
-def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table whose first column holds names and whose others hold numbers."""
-    rules = [":--", *["--:"] * (len(headings) - 1)]
+def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> list[str]:
+    """The lines of a Markdown table; the columns `words` hold names, the others numbers."""
+    rules = [":--" if column in words else "--:" for column in range(len(headings))]
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in (headings, rules, *rows)]
     return ["| " + " | ".join(line) + " |" for line in escaped]
 

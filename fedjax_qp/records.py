@@ -126,32 +126,30 @@ def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, labe
 
 def _test_entries(row: dict[str, np.ndarray], label_shares: Float[np.ndarray, "K C"]) -> dict:
     correct, count = (np.asarray(row[f"test/{name}"], np.float64) for name in ("correct", "count"))
-    by_class = _quotient(correct, count)
+    by_class = quotient(correct, count)
     return {
-        "test_loss": _plain(_quotient(np.asarray(row["test/loss"], np.float64), count.sum())),
-        "test_accuracy": _plain(_quotient(correct.sum(), count.sum())),
+        "test_loss": _plain(quotient(np.asarray(row["test/loss"], np.float64), count.sum())),
+        "test_accuracy": _plain(quotient(correct.sum(), count.sum())),
         "class_accuracy": _plain(by_class),
-        "client_accuracy": _client_accuracy(by_class, label_shares),
+        "client_accuracy": _spread(mixture_accuracy(by_class, label_shares)),
     }
 
 
-def _client_accuracy(
+def mixture_accuracy(
     by_class: Float[np.ndarray, "C"], label_shares: Float[np.ndarray, "K C"]
-) -> dict[str, float | None]:
-    """Spread over clients of the accuracy that each would see on test examples in its own mixture of labels.
+) -> Float[np.ndarray, "K"]:
+    """The accuracy that each client would see on test examples in its own mixture of labels.
 
-    It costs no further evaluation, since it only weighs the accuracies of the classes. Classes without test examples
-    are left out of a client's mixture; a client that has no other class is left out.
+    It costs no further evaluation, since it only weighs the accuracies of the classes. Classes without test examples (NaN)
+    are left out of a client's mixture; NaN for a client that has no other class.
     """
     tested = np.isfinite(by_class)
-    covered = label_shares[:, tested].sum(axis=1)
-    accuracies = _quotient(label_shares[:, tested] @ by_class[tested], covered)
-    accuracies = accuracies[np.isfinite(accuracies)]
-    return _spread(accuracies)
+    return quotient(label_shares[:, tested] @ by_class[tested], label_shares[:, tested].sum(axis=1))
 
 
 def _spread(values: Float[np.ndarray, "K"]) -> dict[str, float | None]:
-    """Mean, quantiles and extremes."""
+    """Mean, quantiles and extremes of the finite values."""
+    values = values[np.isfinite(values)]
     if not len(values):
         return dict.fromkeys(("mean", *_QUANTILES, "min", "max"))
     quantiles = np.quantile(values, list(_QUANTILES.values()))
@@ -162,7 +160,7 @@ def _spread(values: Float[np.ndarray, "K"]) -> dict[str, float | None]:
 def _view(row: dict[str, np.ndarray], view: str, seen: set[int]) -> dict:
     """One view of the clients' models, each on its own tests."""
     loss, correct, count = (np.asarray(row[f"{view}/{name}"], np.float64) for name in ("loss", "correct", "count"))
-    of_client = {"loss": _quotient(loss, count.sum(-1)), "accuracy": _quotient(correct.sum(-1), count.sum(-1))}
+    of_client = {"loss": quotient(loss, count.sum(-1)), "accuracy": quotient(correct.sum(-1), count.sum(-1))}
     of_client["perplexity"] = np.exp(of_client["loss"])
     took_part = np.isin(np.arange(len(loss)), list(seen))
     entries: dict[str, Any] = {}
@@ -173,7 +171,7 @@ def _view(row: dict[str, np.ndarray], view: str, seen: set[int]) -> dict:
     return entries
 
 
-def _quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Elementwise quotient; NaN where the denominator is not positive."""
     positive = denominator > 0
     return np.where(positive, numerator / np.where(positive, denominator, 1), np.nan)

@@ -21,6 +21,7 @@ from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend,
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject
 from fedjax_qp.plan import IDLE
+from fedjax_qp.records import mixture_accuracy, quotient
 
 VIEWS = {"mixture": "test examples, client's mixture of classes", "training": "client's own training examples"}
 _evaluate = jax.jit(evaluate, static_argnums=(0, 4))
@@ -75,11 +76,7 @@ def _by_mixture(subject: Subject) -> Float[np.ndarray, "K"]:
     experiment = subject.run.experiment
     sums = _evaluate(experiment.model, experiment.task.frozen, subject.params, experiment.task.test, None)
     correct, count = (np.asarray(sums[name], float) for name in ("correct", "count"))
-    tested = count > 0
-    by_class = correct[tested] / count[tested]
-    shares = experiment.task.shares[:, tested]
-    covered = shares.sum(1)
-    return np.where(covered > 0, shares @ by_class / np.where(covered > 0, covered, 1), np.nan)
+    return mixture_accuracy(quotient(correct, count), experiment.task.shares)
 
 
 def _by_training(subject: Subject, settings: Settings) -> Float[np.ndarray, "K"]:
@@ -94,7 +91,7 @@ def _by_training(subject: Subject, settings: Settings) -> Float[np.ndarray, "K"]
         None,
     )
     correct, count = (np.asarray(sums[name], float).sum(-1) for name in ("correct", "count"))
-    return np.where(count > 0, correct / np.where(count > 0, count, 1), np.nan)
+    return quotient(correct, count)
 
 
 def _own_examples(experiment: Experiment, settings: Settings) -> PersonalTests:

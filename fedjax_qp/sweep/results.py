@@ -16,7 +16,7 @@ import pandas as pd
 from rich.table import Table
 
 from fedjax_qp import records
-from fedjax_qp.compare import Spread, spread
+from fedjax_qp.compare import Spread, markdown_lines, spread
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.sweep.space import Rank, Sweep
 from fedjax_qp.sweep.stopping import Curves, metric_names, number, value_at
@@ -179,9 +179,7 @@ def _shown(value: Spread, rank: Rank) -> str:
 
 
 def _markdown(sweep: Sweep, rows: Sequence[Row]) -> str:
-    rules = ["--:", ":--", ":--", "--:", "--:"]
-    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in map(lambda row: _cells(sweep, row), rows)]
-    body = ["| " + " | ".join(cells) + " |" for cells in (_headings(sweep), rules, *lines)]
+    body = markdown_lines(_headings(sweep), (_cells(sweep, row) for row in rows), words=(1, 2))
     notes = [f"- trial {row.trial.number}: {'; '.join(row.reasons)}" for row in rows if row.reasons]
     seeds = f"Mean ± sample standard deviation over the seeds {', '.join(map(str, sweep.seeds))}."
     return "\n".join([*body, "", seeds, *([""] if notes else []), *notes]) + "\n"
