@@ -14,7 +14,7 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedjax_qp.registry import ConfigurationError, unknown_name
+from fedjax_qp.registry import ConfigurationError, reason, unknown_name
 
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -310,10 +310,11 @@ def _group(annotation: Any) -> type | None:
 
 
 def readable(error: pydantic.ValidationError) -> str:
-    """Pydantic's findings in one line: setting, value, reason."""
-    lines = []
+    """Pydantic's findings in one line: setting, value, reason. A setting of several types has a reason for each."""
+    reasons: dict[str, list[str]] = {}
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function", "constrained")))
+        parts = [str(part) for part in item["loc"]]
+        name = ".".join(part for part in parts if not part.startswith(("function", "constrained", "literal")))
         given = "" if item["type"] == "missing" else f" = {item['input']!r}"
-        lines.append(f"{name}{given}: {item['msg']}")
-    return "; ".join(lines) + "."
+        reasons.setdefault(name + given, []).append(reason(item["type"], item["msg"]))
+    return "; ".join(f"{setting} {', or '.join(found)}" for setting, found in reasons.items()) + "."

@@ -84,5 +84,24 @@ class Registry:
         try:
             return pydantic.TypeAdapter(annotation).validate_python(value)
         except pydantic.ValidationError as error:
-            reason = "; ".join(item["msg"] for item in error.errors())
-            raise ConfigurationError(f"{self.kind} {name!r}: {key} = {value!r} is not valid: {reason}.") from None
+            reasons = "; ".join(reason(item["type"], item["msg"]) for item in error.errors())
+            raise ConfigurationError(f"{self.kind} {name!r}: {key} = {value!r} {reasons}.") from None
+
+
+_KINDS = {
+    "tuple": "must be a list, such as [1, 2]",
+    "list": "must be a list, such as [1, 2]",
+    "int": "must be a whole number, such as 10",
+    "float": "must be a number, such as 0.1",
+    "bool": "must be true or false",
+}
+
+
+def reason(kind: str, message: str) -> str:
+    """What pydantic found, in the words of a configuration file: "must be …"."""
+    if kind == "missing":
+        return "is missing"
+    sort, _, rest = kind.partition("_")
+    if sort in _KINDS and rest in ("type", "parsing", "from_float"):
+        return _KINDS[sort]
+    return message.replace("Input should", "must")
