@@ -228,9 +228,8 @@ def plan_together(
         np.zeros((lanes, capacity), np.int32),
     )
     preparations = _no_preparations(works, capacity, lanes)
-    prepared = [
-        _prepared(work, first_round) for work in works
-    ]  # kept up to date: earlier cohorts are drawn once a chunk
+    # Kept up to date by `_cohort`, so that the cohorts before this chunk are drawn but once.
+    prepared = [_prepared(work, first_round) for work in works]
     for index in range(rounds):
         round = first_round + index
         planned = [_cohort(work, round, before) for work, before in zip(works, prepared, strict=True)]

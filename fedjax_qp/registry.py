@@ -84,7 +84,7 @@ class Registry:
         try:
             return pydantic.TypeAdapter(annotation).validate_python(value)
         except pydantic.ValidationError as error:
-            reasons = "; ".join(reason(item["type"], item["msg"]) for item in error.errors())
+            reasons = ", or ".join(reason(item["type"], item["msg"]) for item in error.errors())
             raise ConfigurationError(f"{self.kind} {name!r}: {key} = {value!r} {reasons}.") from None
 
 
