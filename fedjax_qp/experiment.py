@@ -21,11 +21,12 @@ from fedjax_qp.config import Config, Local, Part, to_dict
 from fedjax_qp.data import character_sources, check_partition, instruction_sources, partitions, sources
 from fedjax_qp.devices import check_devices, settle, share_out_cores
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
-from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state
+from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state, initial_key
 from fedjax_qp.models import character_models, language_models, models
 from fedjax_qp.plan import Workload, fewest_steps
 from fedjax_qp.precision import in_precision
 from fedjax_qp.registry import ConfigurationError, Registry, is_zero, unknown_name
+from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks import Task, classification_task, instruction_task
 
 
@@ -198,8 +199,8 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
     dataset: Any = shared.task.dataset if shared is not None else None
     if dataset is None:
         dataset = kind[config.data.name](**config.data.options)
-    generator = np.random.default_rng((config.seed, 0))
-    parts = partitions[config.partition.name](dataset, generator, **config.partition.options)
+    numbers = generator(config.seed, Stream.PARTITION)
+    parts = partitions[config.partition.name](dataset, numbers, **config.partition.options)
     check_partition(parts, dataset)
     if fitting is language_models:
         return instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
@@ -315,8 +316,7 @@ def differing_settings(configs: Sequence[Config]) -> dict[str, Float[np.ndarray,
 
 def first_state(experiment: Experiment) -> FederatedState:
     """The state before round 0, on the host."""
-    key = jax.random.fold_in(jax.random.key(experiment.config.seed), 0)
-    params = jax.jit(experiment.model.init)(key)
+    params = jax.jit(experiment.model.init)(initial_key(jax.random.key(experiment.config.seed)))
     return host_copy(init_state(experiment.algorithm, params, len(experiment.work.parts)))
 
 

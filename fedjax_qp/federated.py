@@ -162,6 +162,14 @@ class Algorithm(NamedTuple):
     unused: tuple[str, ...] = ()  # its options that have no effect beside the others
 
 
+FIRST_ROUND = 2**32 - 1  # in the place of round 0, see `round_keys`
+
+
+def initial_key(key: Key[Array, ""]) -> Key[Array, ""]:
+    """The key of the initial model, from the run's own."""
+    return jax.random.fold_in(key, 0)
+
+
 class RoundKeys(NamedTuple):
     """The three independent streams of randomness of one round."""
 
@@ -171,8 +179,13 @@ class RoundKeys(NamedTuple):
 
 
 def round_keys(key: Key[Array, ""], round: Int[Array, ""]) -> RoundKeys:
-    """Keys are a function of (seed, round) alone, so that a resumed run draws what the uninterrupted one would have."""
-    return RoundKeys(*jax.random.split(jax.random.fold_in(key, round), 3))
+    """Keys are a function of (seed, round) alone, so that a resumed run draws what the uninterrupted one would have.
+
+    Splitting a key gives what folding in 0, 1, … gives, and the model was initialised from `initial_key` by such folds. So
+    the first round takes a number that is no round's.
+    """
+    number = jnp.where(round == 0, jnp.uint32(FIRST_ROUND), jnp.asarray(round, jnp.uint32))
+    return RoundKeys(*jax.random.split(jax.random.fold_in(key, number), 3))
 
 
 PREPARATION = 2**32 - 1  # in the place of the local step: the key of a client's `prepare`

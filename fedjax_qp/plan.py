@@ -16,13 +16,9 @@ from jaxtyping import Array, Bool, Int, PyTree
 
 from fedjax_qp.config import Local, Participation
 from fedjax_qp.federated import Cohort, Preparation, Sampling
+from fedjax_qp.streams import Stream, generator
 
 IDLE = -1  # a lane without a client, and a padded example
-_COHORT, _BATCHES, _PREPARATION = (
-    0,
-    1,
-    2,
-)  # separate streams of random numbers, so that a change of one does not shift the other
 
 
 class Lanes(NamedTuple):
@@ -95,18 +91,18 @@ def sample_cohort(work: Workload, round: int) -> Cohort:
       ValueError: the method draws by the clients' memories, and there are none.
     """
     settings = work.participation
-    generator = np.random.default_rng((work.seed, round, _COHORT))
+    numbers = generator(work.seed, Stream.COHORT, round=round)
     everyone = np.array([len(part) for part in work.parts] if work.sizes is None else work.sizes)
     if work.sampling is None:
-        clients = generator.choice(len(everyone), settings.cohort, replace=False)
+        clients = numbers.choice(len(everyone), settings.cohort, replace=False)
     elif work.sampling.reads_memories and work.memories is None:
         raise ValueError("this method's cohorts depend on the client memories that the round before left")
     else:
-        clients = np.asarray(work.sampling.draw(everyone, work.memories, settings.cohort, generator))
+        clients = np.asarray(work.sampling.draw(everyone, work.memories, settings.cohort, numbers))
     sizes = everyone[clients]
     steps = np.array([client_steps(len(work.parts[client]), work.local) for client in clients])
     _, first, places = np.unique(clients, return_index=True, return_inverse=True)
-    drops, lags = generator.random((2, settings.cohort))[:, first[places]]
+    drops, lags = numbers.random((2, settings.cohort))[:, first[places]]
     steps = np.where(lags < settings.stragglers, straggler_steps(steps, settings), steps)
     steps = np.where((drops < settings.dropout) | work.stopped, 0, steps)
     return Cohort(clients.astype(np.int32), sizes.astype(np.float32), steps.astype(np.int32))
@@ -127,16 +123,16 @@ def _prepared(work: Workload, round: int) -> set[int]:
 
 
 def client_batches(
-    work: Workload, round: int, client: int, steps: int, stream: int = _BATCHES
+    work: Workload, round: int, client: int, steps: int, stream: Stream = Stream.BATCHES
 ) -> Int[np.ndarray, "S B"]:
     """Indices of the examples of a client's first `steps` batches; each epoch is a new permutation."""
     part, size = work.parts[client], work.local.batch_size
-    generator = np.random.default_rng((work.seed, round, stream, client))
+    numbers = generator(work.seed, stream, round=round, client=client)
     per_epoch = -(-len(part) // size)
     epochs = -(-steps // per_epoch)
     batches = np.full((epochs, per_epoch * size), IDLE, np.int32)
     for epoch in range(epochs):
-        batches[epoch, : len(part)] = generator.permutation(part)
+        batches[epoch, : len(part)] = numbers.permutation(part)
     return batches.reshape(-1, size)[:steps]
 
 
@@ -306,7 +302,6 @@ def _fill_preparations(
         turn, lane = divmod(position, lanes)
         work = works[int(slot) // works[0].participation.cohort]
         preparations.slots[lane, index, turn] = slot
-        preparations.examples[lane, index, turn] = client_batches(
-            work, round, int(clients[slot]), batches, _PREPARATION
-        )
+        client = int(clients[slot])
+        preparations.examples[lane, index, turn] = client_batches(work, round, client, batches, Stream.PREPARATION)
         preparations.turns[lane, index] = turn + 1

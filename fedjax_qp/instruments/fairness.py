@@ -22,6 +22,7 @@ from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject
 from fedjax_qp.plan import IDLE
 from fedjax_qp.records import mixture_accuracy, quotient
+from fedjax_qp.streams import Stream, generator
 
 VIEWS = {"mixture": "test examples, client's mixture of classes", "training": "client's own training examples"}
 _evaluate = jax.jit(evaluate, static_argnums=(0, 4))
@@ -96,12 +97,12 @@ def _by_training(subject: Subject, settings: Settings) -> Float[np.ndarray, "K"]
 
 def _own_examples(experiment: Experiment, settings: Settings) -> PersonalTests:
     """Every client's training examples, or so many of them, as tests of its own."""
-    parts, generator = experiment.task.parts, np.random.default_rng(settings.seed)
+    parts, numbers = experiment.task.parts, generator(settings.seed, Stream.INSPECTION)
     most = min(settings.client_examples, max(len(part) for part in parts))
     size = min(settings.batch_size, most)
     indices = np.full((len(parts), -(-most // size) * size), IDLE)
     for row, part in zip(indices, parts, strict=True):
-        row[: min(len(part), most)] = generator.permutation(part)[:most]
+        row[: min(len(part), most)] = numbers.permutation(part)[:most]
     indices = indices.reshape(len(parts), -1, size)
     examples = jax.tree.map(lambda leaf: leaf[np.maximum(indices, 0)], experiment.task.train)
     return PersonalTests(examples, indices != IDLE)

@@ -20,6 +20,7 @@ from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.streams import Stream, generator
 
 Source = Literal["last", "next"]
 
@@ -168,4 +169,4 @@ def _sample(parts: list[np.ndarray], settings: Settings) -> np.ndarray:
     """Indices of some of all clients' training examples; the same for equal data and settings, whatever the partition."""
     everything = np.unique(np.concatenate(parts))
     count = min(settings.examples, len(everything))
-    return np.sort(np.random.default_rng(settings.seed).choice(everything, count, replace=False))
+    return np.sort(generator(settings.seed, Stream.INSPECTION).choice(everything, count, replace=False))

@@ -19,6 +19,7 @@ from fedjax_qp.models import language_models
 from fedjax_qp.models.adapted import AdaptedModel
 from fedjax_qp.models.llama import split_axes
 from fedjax_qp.precision import in_precision
+from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks.task import Task
 
 
@@ -41,9 +42,8 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         return encode(list(some), language.tokenizer, text, owner=owner)
 
     clients = [encoded(f"client {client}", (records[i] for i in part)) for client, part in enumerate(parts)]
-    generator = np.random.default_rng((config.seed, 1))
     usable = [np.arange(len(client.tokens)) for client in clients]
-    chosen = hold_out(usable, generator, test=text.test_records, train=text.train_records)
+    chosen = hold_out(usable, generator(config.seed, Stream.HELD_OUT), test=text.test_records, train=text.train_records)
     trains, tests = ([_some(client, part) for client, part in zip(clients, kind, strict=True)] for kind in chosen)
     common = encoded("the common test records", data.test.records) if data.test.records else _together(tests)
     train = [pack(client, text.cut_off, text.pack) for client in trains]
