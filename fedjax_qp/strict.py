@@ -1,0 +1,144 @@
+"""YAML and JSON read strictly: what the parsers would pass over in silence is an error of one line.
+
+Both parsers keep the last of several equal keys, and leave through exceptions of many kinds where a file is damaged, too
+deep, or not text at all.
+"""
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedjax_qp.registry import ConfigurationError
+
+DEEPEST = 50  # levels of nesting; nothing that this package reads comes near it
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file, with or without a byte-order mark.
+
+    Raises:
+      ConfigurationError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigurationError(f"{_short(path)} cannot be read ({error.strerror}): check the path.") from None
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{path} is not a UTF-8 text file (byte {error.start}): give another file, or save it as UTF-8."
+        ) from None
+    except ValueError:  # a NUL in the path
+        raise ConfigurationError(f"{_short(path)!r} is not a path: it holds a NUL character.") from None
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """Parses YAML of plain values: strings, numbers, truth values, lists and mappings.
+
+    Args:
+      where: what the text is, for messages, such as the file's path.
+
+    Raises:
+      ConfigurationError: the text is not YAML, asks for other types, repeats a key, or is nested too deeply.
+    """
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+        raise ConfigurationError(f"{where}{line} is not valid YAML: {error.problem or error.context}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{where} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    except (ValueError, TypeError, OverflowError) as error:  # of a scalar, such as the date 2026-99-99
+        raise ConfigurationError(f"{where} is not valid YAML: {error}.") from None
+    _check_depth(value, where)
+    return value
+
+
+def load_json(text: str | bytes, where: str) -> Any:
+    """Parses JSON.
+
+    Args:
+      text: with or without a byte-order mark.
+      where: what the text is, for messages, such as the file's path.
+
+    Raises:
+      ConfigurationError: the text is not JSON or not UTF-8, repeats a key, holds NaN or Infinity, or is nested too deeply.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        value = json.loads(
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=lambda pairs: _unrepeated(pairs, where),
+            parse_constant=_refuse,
+        )
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{where}, line {error.lineno} is not valid JSON: {error.msg}.") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ConfigurationError:
+        raise
+    except ValueError as error:  # a constant, or a number of too many digits
+        raise ConfigurationError(f"{where} is not valid JSON: {error}.") from None
+    _check_depth(value, where)
+    return value
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that a mapping already has."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[Hashable, int] = {}
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # keys that are merged in (<<) give way to the mapping's own, by YAML's rules
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if isinstance(key, Hashable) and key in lines:
+                problem = f"the key {key!r} stands twice, in lines {lines[key]} and {line}: keep one of them"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if isinstance(key, Hashable):
+                lines[key] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigurationError(f"{where} has the key {key[:80]!r} twice in one mapping: keep one of them.")
+        found[key] = value
+    return found
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a JSON number: write null where a value is missing")
+
+
+def _check_depth(value: Any, where: str) -> None:
+    """Whoever walks the value later does so recursively. Level by level, so that this check does not; nor does it follow a
+    YAML alias more often than the value is deep."""
+    level, depth = [value], 0
+    while level := [
+        inner
+        for one in {id(outer): outer for outer in level if isinstance(outer, dict | list)}.values()
+        for inner in (one.values() if isinstance(one, dict) else one)
+    ]:
+        depth += 1
+        if depth > DEEPEST:
+            raise _too_deep(where)
+
+
+def _too_deep(where: str) -> ConfigurationError:
+    return ConfigurationError(f"{where} is nested too deeply: at most {DEEPEST} levels are read.")
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,78 @@
+"""What parsers pass over in silence, or leave by exceptions of their own, is one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.strict import load_json, load_yaml, read_text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "'a' stands twice, in lines 1 and 3"),
+        ("a: {b: 1, b: 2}", "'b' stands twice, in lines 1 and 1"),
+        ("1: x\n1: y", "1 stands twice"),
+        ("a: [1", "line 1 is not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
+        ("a: 2026-99-99", "not valid YAML"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("[" * 60 + "]" * 60, "nested too deeply"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("a: \x00", "not valid YAML"),
+        ("? [1, 2]\n: x", "not valid YAML"),
+    ],
+)
+def test_yaml_is_refused_in_one_line(text: str, words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_yaml(text, "settings.yaml")
+    message = str(caught.value)
+    assert message.startswith("settings.yaml") and words in message and "\n" not in message
+
+
+def test_yaml_values_and_merges_are_read() -> None:
+    text = "base: &base {a: 1, b: 2}\nown: {<<: *base, b: 3}\nlist: [1.5, yes, null, word]"
+    found = load_yaml(text, "here")
+    assert found == {"base": {"a": 1, "b": 2}, "own": {"a": 1, "b": 3}, "list": [1.5, True, None, "word"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
+        ("{", "line 1 is not valid JSON"),
+        (b'\n{"a": \xff}', "not UTF-8"),
+        ("[NaN]", "NaN is not a JSON number"),
+        ('{"a": -Infinity}', "-Infinity is not a JSON number"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[" * 60 + "]" * 60, "nested too deeply"),
+        ("[" + "1" * 5000 + "]", "not valid JSON"),
+    ],
+)
+def test_json_is_refused_in_one_line(text: str | bytes, words: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        load_json(text, "records.json")
+    message = str(caught.value)
+    assert message.startswith("records.json") and words in message and "\n" not in message
+
+
+def test_json_values_are_read_with_and_without_a_mark() -> None:
+    for text in ('{"a": [1, null, "ä"]}', '\ufeff{"a": [1, null, "ä"]}', '{"a": [1, null, "ä"]}'.encode("utf-8-sig")):
+        assert load_json(text, "here") == {"a": [1, None, "ä"]}
+
+
+def test_text_is_utf8_and_every_failure_names_the_path(tmp_path: Path) -> None:
+    (tmp_path / "mark").write_bytes("ä".encode("utf-8-sig"))
+    assert read_text(tmp_path / "mark") == "ä"
+    (tmp_path / "latin").write_bytes("ä".encode("latin-1"))
+    for path, words in (
+        (tmp_path / "latin", "not a UTF-8 text file"),
+        (tmp_path / "missing", "cannot be read"),
+        (tmp_path, "cannot be read"),
+        (tmp_path / ("x" * 5000), "cannot be read"),
+        (Path("a\0b"), "NUL"),
+    ):
+        with pytest.raises(ConfigurationError, match=words) as caught:
+            read_text(path)
+        assert len(str(caught.value)) < 400
