@@ -67,6 +67,7 @@ CASES = {
     "fedavg-uniform": Case("fedavg", {"weighting": "uniform"}),
     "fedprox": Case("fedprox", {"proximal": 0.1}),
     "fedavgm": Case("fedavgm", {"momentum": 0.5}),
+    "fedacg": Case("fedacg", {"proximal": 0.1}),
     "fedadam": Case("fedadam"),
     "fedyogi": Case("fedyogi"),
     "fedmut": Case("fedmut", {"alpha": 2.0}),
