@@ -1,8 +1,10 @@
 # Every target sets up what it needs in .venv; a fresh machine needs Python >= 3.11, make and a package registry.
+# Another list of versions has an environment of its own: with CONSTRAINTS=constraints-newest.txt it is .venv-newest.
 PYTHON ?= python3
-VENV := .venv
+CONSTRAINTS ?= constraints.txt
+VENV := .venv$(patsubst constraints%,%,$(basename $(notdir $(CONSTRAINTS))))
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 SEED ?= 0
 
 .PHONY: run run-perfit test test-slow test-oracles lint bench-peers clean
@@ -13,10 +15,10 @@ $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed; set PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
-$(VENV)/with-%: $(VENV)/made pyproject.toml constraints.txt
+$(VENV)/with-%: $(VENV)/made pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable '.[$*]'
 	touch $@
-$(VENV)/plain: $(VENV)/made pyproject.toml constraints.txt
+$(VENV)/plain: $(VENV)/made pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) --editable .
 	touch $@
 
