@@ -5,14 +5,18 @@ deep, or not text at all.
 """
 
 import json
+import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from fedjax_qp.registry import ConfigurationError
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_NUMBERS_AND_DATES = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
+_OTHER_TYPES = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("binary", "timestamp", "set", "omap", "pairs"))
 DEEPEST = 50  # levels of nesting; nothing that this package reads comes near it
 
 
@@ -91,7 +95,19 @@ def load_json(text: str | bytes, where: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that a mapping already has."""
+    """Refuses a key that a mapping already has, and reads numbers as people write them.
+
+    010 and 1:30 stay texts, where YAML 1.1 takes them for 8 and 90; so do dates. All else that is a number there is one here,
+    and the other way round, so that what PyYAML writes is read again as it was.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS_AND_DATES]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    yaml_constructors: ClassVar = {
+        tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _OTHER_TYPES
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         lines: dict[Hashable, int] = {}
@@ -106,6 +122,19 @@ class _StrictLoader(yaml.SafeLoader):
             if isinstance(key, Hashable):
                 lines[key] = line
         return super().construct_mapping(node, deep=deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    _INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$"), [*"-+0123456789"]
+)
+_StrictLoader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.(?:inf|Inf|INF))$"
+        r"|\.(?:[0-9][0-9_]*(?:[eE][-+][0-9]+)?|nan|NaN|NAN)$"
+    ),
+    [*"-+0123456789."],
+)
 
 
 def _unrepeated(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.strict import load_json, load_yaml, read_text
@@ -16,7 +19,7 @@ from fedjax_qp.strict import load_json, load_yaml, read_text
         ("1: x\n1: y", "1 stands twice"),
         ("a: [1", "line 1 is not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
-        ("a: 2026-99-99", "not valid YAML"),
+        ("a: !!timestamp 2026-11-27", "could not determine a constructor"),
         ("[" * 5000 + "]" * 5000, "nested too deeply"),
         ("[" * 60 + "]" * 60, "nested too deeply"),
         ("a: &a [*a]", "nested too deeply"),
@@ -76,3 +79,22 @@ def test_text_is_utf8_and_every_failure_names_the_path(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=words) as caught:
             read_text(path)
         assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *(("010", "010"), ("1:30", "1:30"), ("-1:30.5", "-1:30.5"), ("08", "08"), ("2026-11-27", "2026-11-27")),
+        *(("0", 0), ("-7", -7), ("1_000", 1000), ("0x10", 16), ("1.5", 1.5), (".5", 0.5), ("1.0e-5", 1e-5)),
+        *(("true", True), ("no", False), ("~", None), ("1e-3", "1e-3")),
+    ],
+)
+def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
+    """YAML 1.1 takes 010 for 8 and 1:30 for 90; types settle what a text is."""
+    found = load_yaml(text, "here")
+    assert found == value and type(found) is type(value)
+
+
+@given(st.text(st.sampled_from("0123456789.:+-_xbeE~n"), max_size=8))
+def test_texts_that_look_like_numbers_come_back_as_they_were(text: str) -> None:
+    assert load_yaml(yaml.safe_dump({"name": text}), "here") == {"name": text}
