@@ -6,6 +6,7 @@ number alone, so asking for more trials later only adds some.
 """
 
 import copy
+import dataclasses
 import itertools
 import json
 import logging
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from fedjax_qp import config as configuration
-from fedjax_qp.config import Config
-from fedjax_qp.experiment import check_options, resolve
+from fedjax_qp.config import PARTS, Config
+from fedjax_qp.experiment import check, is_whole_number, resolve
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep.space import Choices, Dimension, Range, Sweep, Variant, apply, at_share, listed
+from fedjax_qp.sweep.space import Choices, Dimension, Range, Sweep, Variant, at_share, listed, typed
+from fedjax_qp.values import shown
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -51,6 +53,28 @@ def identity(point: Point) -> str:
     return json.dumps([point.variant, point.settings], sort_keys=True, default=str)
 
 
+def typed_variants(sweep: Sweep, base: dict[str, Any]) -> list[Variant]:
+    """The variants with the common space filled in, every range in numbers of its field's kind.
+
+    Raises:
+      ConfigurationError: a range does not suit its field.
+    """
+    return [_typed(variant, base) for variant in sweep.every_variant()]
+
+
+def _typed(variant: Variant, base: dict[str, Any]) -> Variant:
+    values = copy.deepcopy(base)
+    names = {
+        key: dimension.choices[0]
+        for key, dimension in variant.space.items()
+        if isinstance(dimension, Choices) and key.removesuffix(".name") in PARTS
+    }
+    configuration.change(values, {**variant.settings, **names}.items())
+    parts = {part: value["name"] for part in PARTS if isinstance(value := values[part], dict) and "name" in value}
+    space = {key: typed(key, dimension, is_whole_number(key, parts)) for key, dimension in variant.space.items()}
+    return dataclasses.replace(variant, space=space)
+
+
 def grid(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
     """Every point of every variant, each once; the last field varies fastest.
 
@@ -58,7 +82,7 @@ def grid(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
       ConfigurationError: some configuration cannot work.
     """
     points = []
-    for variant in sweep.every_variant():
+    for variant in typed_variants(sweep, base):
         values = [listed(dimension) or [] for dimension in variant.space.values()]
         for chosen in itertools.product(*values):
             points.append(checked(base, _point(variant, dict(zip(variant.space, chosen, strict=True)))))
@@ -72,7 +96,7 @@ def random(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
       ConfigurationError: as in `grid`.
     """
     points: list[Point] = []
-    for variant in sweep.every_variant():
+    for variant in typed_variants(sweep, base):
         seed = (sweep.search_seed, zlib.crc32(variant.name.encode()))
         draws = (
             {key: _draw(dimension, generator) for key, dimension in variant.space.items()}
@@ -92,7 +116,7 @@ def proposals(sweep: Sweep, base: dict[str, Any], told: Sequence[Told]) -> list[
       ConfigurationError: as in `grid`.
     """
     points = []
-    for variant in sweep.every_variant():
+    for variant in typed_variants(sweep, base):
         before = [one for one in told if one.point.variant == variant.name]
         wanted = min(sweep.batch, (sweep.trials or 0) - len(before))
         if wanted > 0:
@@ -107,7 +131,7 @@ def check_space(sweep: Sweep, base: dict[str, Any]) -> None:
     Raises:
       ConfigurationError: as in `grid`.
     """
-    for variant in sweep.every_variant():
+    for variant in typed_variants(sweep, base):
         extremes = {key: _extremes(dimension) for key, dimension in variant.space.items()}
         first = {key: values[0] for key, values in extremes.items()}
         changes = [{key: value} for key, values in extremes.items() for value in values]
@@ -122,7 +146,7 @@ def configure(base: dict[str, Any], settings: dict[str, Any], *, name: str, fold
       ConfigurationError: a field does not exist, or its value cannot work.
     """
     values = copy.deepcopy(base)
-    apply(values, settings)
+    configuration.change(values, settings.items())
     values |= {"name": name, "folder": folder, "seed": seed}
     return resolve(configuration.from_dict(values))
 
@@ -134,11 +158,11 @@ def checked(base: dict[str, Any], point: Point) -> Point:
     """
     try:
         config = configure(base, point.settings, name="trial", folder="runs", seed=0)
-        check_options(config)
+        check(config)
     except ConfigurationError as error:
-        shown = ", ".join(f"{key}={value}" for key, value in point.settings.items())
+        settings = ", ".join(f"{key}={shown(value)}" for key, value in point.settings.items())
         raise ConfigurationError(
-            f"{error} (in the trial {point.variant or 'with'} {shown or 'the base itself'})"
+            f"{error} (in the trial {point.variant or 'with'} {settings[:200] or 'the base itself'})"
         ) from None
     values = configuration.to_dict(config)
     settings = {key: _as_resolved(values, key, value) for key, value in point.settings.items()}

@@ -19,6 +19,7 @@ sweep where the key is one of `Sweep`'s, and the base configuration otherwise: `
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,8 +28,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedjax_qp import config as configuration
-from fedjax_qp.config import PARTS, Config, Count
+from fedjax_qp.config import PARTS, Config
 from fedjax_qp.registry import ConfigurationError, unknown_name
+from fedjax_qp.values import Count, Finite, Name, PathName, Seed, Truth, Whole, shown
+
+MOST_VALUES = 10_000  # of a field, and trials of a sweep: each is a run at least
+Number = Whole | Finite
 
 # The sweep gives every run these itself.
 _TAKEN = {"name": "the sweep names its runs", "folder": "the sweep keeps its runs in its own", "seed": "use `seeds`"}
@@ -43,17 +48,17 @@ class Choices:
 
 @dataclass(frozen=True)
 class Range:
-    """An interval, both ends included; integers where all of its numbers are integers.
+    """An interval, both ends included; of whole numbers where the field is one, see `typed`.
 
     A grid needs `step` (a distance) or `points` (a number of values, evenly spaced on the scale). Random search and Optuna
     take any value between the ends where neither is given, rounded to four significant digits.
     """
 
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
-    points: Annotated[int, Field(ge=2)] | None = None
+    low: Number
+    high: Number
+    log: Truth = False
+    step: Number | None = None
+    points: Annotated[Whole, Field(ge=2, le=MOST_VALUES)] | None = None
 
     @property
     def whole(self) -> bool:
@@ -67,7 +72,7 @@ Dimension = Choices | Range
 class Variant:
     """Settings that belong together, for example a method, with the space of its own options."""
 
-    name: str
+    name: Literal[""] | Name
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     space: dict[str, Dimension] = dataclasses.field(default_factory=dict)
 
@@ -76,7 +81,9 @@ class Variant:
 class Rank:
     """What makes a trial good: the mean of a metric's last evaluations, averaged over seeds."""
 
-    metric: str = "test_accuracy"  # a name in the records; inner ones as personal/perplexity/mean
+    metric: Annotated[str, Field(min_length=1)] = (
+        "test_accuracy"  # a name in the records; inner ones as personal/perplexity/mean
+    )
     direction: Literal["max", "min"] | None = None  # null = max for an accuracy, min for everything else
     last: Count = 10  # evaluations
 
@@ -92,34 +99,40 @@ class EarlyStopping:
     """The median rule, see `stopping`."""
 
     after: Count = 10  # rounds that every trial gets
-    least_trials: Annotated[int, Field(ge=2)] = 4  # others that must have come as far
+    least_trials: Annotated[Whole, Field(ge=2)] = 4  # others that must have come as far
 
 
 @dataclass(frozen=True)
 class Sweep:
     """One sweep."""
 
-    name: str
-    config: str  # path of the base configuration
+    name: Name
+    config: PathName  # path of the base configuration
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
-    folder: str = "runs"  # the sweep's own folder is made in it, under the sweep's name
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0,)
+    folder: PathName = "runs"  # the sweep's own folder is made in it, under the sweep's name
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     search: Literal["grid", "random", "optuna"] = "grid"
-    trials: Count | None = None  # of each variant; random and optuna need it
-    search_seed: Annotated[int, Field(ge=0)] = 0
-    batch: Count = 8  # optuna: trials proposed at once; they run together, and the next proposals know their results
+    trials: Annotated[Count, Field(le=MOST_VALUES)] | None = None  # of each variant; random and optuna need it
+    search_seed: Annotated[Whole, Field(ge=0)] = 0
+    batch: Annotated[Count, Field(le=MOST_VALUES)] = (
+        8  # optuna: trials proposed at once; they run together, and the next proposals know their results
+    )
     space: dict[str, Dimension] = dataclasses.field(default_factory=dict)  # of every variant
     variants: tuple[Variant, ...] = ()
     rank: Rank = dataclasses.field(default_factory=Rank)
     early_stopping: EarlyStopping | None = None
-    workers: Count | Literal["auto"] = "auto"  # processes of the embedded cluster, see `schedule`
+    workers: Annotated[Count, Field(le=4096)] | Literal["auto"] = (
+        "auto"  # processes of the embedded cluster, see `schedule`
+    )
     cluster: str | None = None  # address of an existing Dask scheduler, for example tcp://10.0.0.1:8786
     runs_per_task: Count | None = None  # null = as many as share a program, divided among the workers
-    retries: Annotated[int, Field(ge=0)] = 2  # of a task that fails or whose worker dies, before it is taken apart
+    retries: Annotated[Whole, Field(ge=0, le=1000)] = (
+        2  # of a task that fails or whose worker dies, before it is taken apart
+    )
 
     @property
     def sweep_folder(self) -> Path:
-        return Path(self.folder) / self.name
+        return Path(self.folder).expanduser() / self.name
 
     def every_variant(self) -> tuple[Variant, ...]:
         """The variants with the common space filled in; one without a name where the sweep has none."""
@@ -134,23 +147,39 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
       ConfigurationError: a key is unknown (the nearest valid ones are named) or missing, or a value is out of range.
     """
     values = configuration.read_mapping(path)
-    values["overrides"] = _mapping(values.get("overrides"))
+    of_file = _mapping(values.pop("overrides", None))
     if isinstance(values.get("config"), str):
-        values["config"] = str(path.parent / values["config"])
+        values["config"] = str(path.expanduser().parent / Path(values["config"]).expanduser())
+    given = [configuration.parse_override(override) for override in overrides or []]
+    configuration.change(values, given, _place)
+    values["overrides"] = _without_replaced(of_file, _mapping(values.get("overrides")))
+    return from_dict(values)
+
+
+def _place(key: str) -> list[str]:
+    """Where a setting of the command line stands in a sweep: fields of runs, whose names have dots, in its overrides."""
     fields = [field.name for field in dataclasses.fields(Sweep)]
     of_run = [field.name for field in dataclasses.fields(Config)]
-    for override in overrides or []:
-        key, value = configuration.parse_override(override)
-        head, _, rest = key.partition(".")
-        if head not in fields and head not in of_run:
-            raise unknown_name("setting", key, [*fields, *of_run])
-        if head in ("space", "overrides") and rest:  # their keys have dots of their own
-            values[head] = {**(values.get(head) or {}), rest: value}
-        elif head in fields:
-            configuration.assign(values, key, value)
-        else:
-            values["overrides"][key] = value
-    return from_dict(values)
+    head, _, rest = key.partition(".")
+    if head not in fields and head not in of_run:
+        raise unknown_name("setting", key, [*fields, *of_run])
+    if head not in fields:
+        return ["overrides", key]
+    return [head, rest] if rest and head in ("space", "overrides") else key.split(".")
+
+
+def _without_replaced(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The file's overrides under those of the command line, which also drop what belonged to what they replace.
+
+    As in `config.change`, another name for a part drops the part's options.
+    """
+    renamed = {key.removesuffix(".name") for key, value in given.items() if isinstance(value, str)} & set(PARTS)
+    kept = {
+        key: value
+        for key, value in of_file.items()
+        if key.partition(".")[0] not in renamed and not any(key.startswith(f"{other}.") for other in given)
+    }
+    return {**kept, **given}
 
 
 def from_dict(values: dict[str, Any]) -> Sweep:
@@ -163,7 +192,7 @@ def from_dict(values: dict[str, Any]) -> Sweep:
     configuration.check_keys(values, Sweep)
     values["overrides"] = _mapping(values.get("overrides"))
     values["space"] = _space("space", values.get("space", {}))
-    values["variants"] = [_variant(number, value) for number, value in enumerate(values.get("variants", []))]
+    values["variants"] = _variants(values.get("variants", []))
     try:
         sweep = pydantic.TypeAdapter(Sweep).validate_python(values)
     except pydantic.ValidationError as error:
@@ -190,14 +219,33 @@ def base_values(sweep: Sweep) -> dict[str, Any]:
       ConfigurationError: the base cannot be read, or one of its settings cannot work.
     """
     values = configuration.read_mapping(Path(sweep.config))
-    apply(values, sweep.overrides)
+    configuration.change(values, sweep.overrides.items())
     return configuration.to_dict(configuration.from_dict(values))
 
 
-def apply(values: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Sets fields by their dotted names: parts' names before their options, since another name drops the options."""
-    for key in sorted(settings, key=lambda key: key not in PARTS and not key.endswith(".name")):
-        configuration.assign(values, key, settings[key])
+def typed(key: str, dimension: Dimension, whole: bool) -> Dimension:
+    """A range in numbers of its field's kind, however the file spells them: `low: 0, high: 1` may be a range of floats.
+
+    Raises:
+      ConfigurationError: the field takes whole numbers, and the range is not made of them, or has fewer than its points.
+    """
+    if isinstance(dimension, Choices):
+        return dimension
+    numbers = {name: getattr(dimension, name) for name in ("low", "high", "step")}
+    kind = int if whole else float
+    for name, number in numbers.items():
+        if number is not None and kind(number) != number:
+            raise ConfigurationError(f"{key}: {name} = {number} must be a whole number, as {key} is one.")
+    found = dataclasses.replace(
+        dimension, **{name: kind(number) for name, number in numbers.items() if number is not None}
+    )
+    values = listed(found)
+    if values is not None and dimension.points is not None and len(values) < dimension.points:
+        raise ConfigurationError(
+            f"{key}: points = {dimension.points} from {found.low} to {found.high} are only {len(values)} different whole "
+            f"numbers: choose points = {len(values)}, or a wider range."
+        )
+    return found
 
 
 def listed(dimension: Dimension) -> list[Any] | None:
@@ -205,13 +253,17 @@ def listed(dimension: Dimension) -> list[Any] | None:
     if isinstance(dimension, Choices):
         return list(dimension.choices)
     if dimension.step is not None:
-        count = int((dimension.high - dimension.low) / dimension.step + 1e-9) + 1
-        return [_number(dimension, dimension.low + index * dimension.step) for index in range(count)]
+        return [_number(dimension, dimension.low + index * dimension.step) for index in range(_steps(dimension))]
     if dimension.points is None:
         return None
     shares = [index / (dimension.points - 1) for index in range(dimension.points)]
     numbers = [_number(dimension, at_share(dimension, share)) for share in shares]
     return list(dict.fromkeys(numbers))  # whole numbers may coincide
+
+
+def _steps(dimension: Range) -> int:
+    assert dimension.step is not None
+    return int((dimension.high - dimension.low) / dimension.step + 1e-9) + 1
 
 
 def at_share(dimension: Range, share: float) -> float:
@@ -231,14 +283,23 @@ def _number(dimension: Range, value: float) -> int | float:
 def _mapping(overrides: Any) -> dict[str, Any]:
     """Overrides as a mapping, also where they are a list of key=value."""
     if isinstance(overrides, list | tuple):
-        return dict(configuration.parse_override(str(override)) for override in overrides)
+        found: dict[str, Any] = {}
+        given = [configuration.parse_override(str(override)) for override in overrides]
+        configuration.change(found, given, lambda key: [key])
+        return found
     return dict(_is_mapping("overrides", overrides or {}))
 
 
 def _is_mapping(key: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{key} = {value!r} must be a mapping of settings.")
+        raise ConfigurationError(f"{key} = {shown(value)} must be a mapping of settings.")
     return value
+
+
+def _variants(values: Any) -> list[dict[str, Any]]:
+    if not isinstance(values, list | tuple):
+        raise ConfigurationError(f"variants = {shown(values)} must be a list such as [{{name: a, settings: {{…}}}}].")
+    return [_variant(number, value) for number, value in enumerate(values)]
 
 
 def _variant(number: int, value: Any) -> dict[str, Any]:
@@ -258,7 +319,7 @@ def _dimension(key: str, value: Any) -> Dimension:
         value = {"choices": list(value)}
     if not isinstance(value, dict):
         raise ConfigurationError(
-            f"{key} = {value!r} needs a list of values, or a range such as {{low: 0.01, high: 1}}."
+            f"{key} = {shown(value)} needs a list of values, or a range such as {{low: 0.01, high: 1}}."
         )
     cls = Choices if "choices" in value else Range
     configuration.check_keys(value, cls, f"{key}.")
@@ -277,12 +338,19 @@ def _check_range(key: str, dimension: Range) -> None:
     low, high, step = dimension.low, dimension.high, dimension.step
     if not low < high:
         raise ConfigurationError(f"{key}: low = {low} must be less than high = {high}.")
+    if not math.isfinite(high - low):
+        raise ConfigurationError(f"{key}: from {low} to {high} is too wide a range.")
     if dimension.log and low <= 0:
         raise ConfigurationError(f"{key}: low = {low} with log must be greater than 0.")
     if step is not None and not 0 < step <= high - low:
         raise ConfigurationError(f"{key}: step = {step} must be greater than 0 and at most {high - low}.")
     if step is not None and (dimension.log or dimension.points):
         raise ConfigurationError(f"{key}: step = {step} does not go with log or points: use points, or leave them out.")
+    if step is not None and _steps(dimension) > MOST_VALUES:
+        raise ConfigurationError(
+            f"{key}: step = {step} makes {_steps(dimension)} values from {low} to {high}, more than {MOST_VALUES}: choose a "
+            "larger one."
+        )
 
 
 def _check(sweep: Sweep) -> None:
@@ -308,6 +376,17 @@ def _check(sweep: Sweep) -> None:
         for key, dimension in variant.space.items():
             if sweep.search == "grid" and listed(dimension) is None:
                 raise ConfigurationError(f"{key}: a grid needs the number of points (or a step) of this range.")
+    if sweep.search == "grid":
+        _check_count(sweep)
+
+
+def _check_count(sweep: Sweep) -> None:
+    spaces = [[len(listed(dimension) or ()) for dimension in one.space.values()] for one in sweep.every_variant()]
+    trials = sum(math.prod(counts) for counts in spaces)
+    if trials > MOST_VALUES:
+        raise ConfigurationError(
+            f"the grid has {trials} trials, more than {MOST_VALUES}: search fewer values, or choose search = 'random'."
+        )
 
 
 def _check_field(what: str, key: str) -> None:
