@@ -4,7 +4,10 @@ Only the interchangeable parts (`data`, `partition`, `model`, `algorithm`) have 
 function they name. `experiment.build` checks those, so that the resolved configuration shows every value in use.
 """
 
+import copy
 import dataclasses
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, get_args
@@ -14,11 +17,22 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedjax_qp.registry import ConfigurationError, reason, unknown_name
-
-Count = Annotated[int, Field(ge=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+from fedjax_qp import strict
+from fedjax_qp.registry import MOST_REASONS, ConfigurationError, reason, unknown_name
+from fedjax_qp.values import (
+    Count,
+    Finite,
+    Name,
+    NotNegative,
+    PathName,
+    Positive,
+    Probability,
+    Seed,
+    Share,
+    Truth,
+    Whole,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +50,7 @@ class Local:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     learning_rate: Positive = 0.01
     momentum: Probability = 0.9  # sgd only
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    weight_decay: NotNegative = 0.0
     clip_norm: Positive | None = None
     epochs: Count = 5
     batch_size: Count = 50
@@ -50,9 +64,11 @@ class Text:
 
     template: Literal["alpaca", "short", "chat"] = "alpaca"
     train_on: Literal["response", "all"] = "response"  # the tokens that count in the loss
-    cut_off: Annotated[int, Field(ge=2)] = 512  # tokens of a record, prompt included; also the sequences' length
+    cut_off: Annotated[Whole, Field(ge=2, le=10**6)] = (
+        512  # tokens of a record, prompt included; also the sequences' length
+    )
     longer: Literal["cut", "drop"] = "cut"  # what happens to a longer record; the end is cut off
-    pack: bool = True  # several records in a sequence, each seeing only itself
+    pack: Truth = True  # several records in a sequence, each seeing only itself
     test_records: Count = 16  # held out by each client
     train_records: Count | None = None  # at most so many for each client; null = all the others
 
@@ -63,8 +79,8 @@ class Participation:
 
     cohort: Count = 10  # clients per round
     dropout: Probability = 0.0  # chance that a sampled client never reports
-    stragglers: Annotated[float, Field(ge=0, le=1)] = 0.0  # chance that a client does only part of its work
-    straggler_work: Annotated[float, Field(gt=0, le=1)] = 0.5  # that part, as a share of its local steps
+    stragglers: Share = 0.0  # chance that a client does only part of its work
+    straggler_work: Annotated[Finite, Field(gt=0, le=1)] = 0.5  # that part, as a share of its local steps
 
 
 @dataclass(frozen=True)
@@ -91,8 +107,8 @@ class Engine:
 class Evaluation:
     every: Count = 1  # rounds
     batch_size: Count = 500
-    target_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None  # reports "rounds to reach"
-    stop_at_target: bool = False
+    target_accuracy: Annotated[Finite, Field(gt=0, le=1)] | None = None  # reports "rounds to reach"
+    stop_at_target: Truth = False
     patience: Count | None = None  # stop after so many evaluations without a better accuracy
 
 
@@ -121,7 +137,7 @@ class Mlflow:
 class Tracking:
     """Where copies of the records go; results do not depend on it. `tracking.wandb={}` turns one on with its defaults."""
 
-    tensorboard: bool = True
+    tensorboard: Truth = True
     wandb: Wandb | None = None
     mlflow: Mlflow | None = None
 
@@ -130,14 +146,14 @@ class Tracking:
 class Config:
     """One run."""
 
-    name: str
+    name: Name
     data: Part
     partition: Part
     model: Part
     algorithm: Part
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Seed = 0
     rounds: Count = 100
-    folder: str = "runs"
+    folder: PathName = "runs"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"  # of matrix products in training and tests
     local: Local = dataclasses.field(default_factory=Local)
     text: Text = dataclasses.field(default_factory=Text)
@@ -149,7 +165,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        return Path(self.folder) / f"{self.name}-seed{self.seed}"
+        return Path(self.folder).expanduser() / f"{self.name}-seed{self.seed}"
 
 
 PARTS = ("data", "partition", "model", "algorithm")
@@ -179,16 +195,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file and applies overrides such as `algorithm.alpha=2`.
-
-    An override that changes the name of a part (`algorithm.name=fedavg`, or shorter `algorithm=fedavg`) drops the
-    part's other options: they belonged to another function.
-    """
+    """Reads a YAML file and applies overrides such as `algorithm.alpha=2`, see `change`."""
     values = read_mapping(Path(path))
     if "config" in values and "algorithm" not in values:
         raise ConfigurationError(f"{path} is a sweep: use `fedjax-qp sweep {path}`.")
-    for override in overrides or []:
-        assign(values, *parse_override(override))
+    change(values, [parse_override(override) for override in overrides or []])
     return from_dict(values)
 
 
@@ -198,14 +209,12 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
       ConfigurationError: no such file (those there are are named), or it holds something else.
     """
-    if not path.is_file():
-        folder = next((place for place in (path, path.parent) if place.is_dir()), Path("configs"))
-        near = sorted(str(file) for file in folder.glob("[!.]*.yaml"))
+    file = Path(os.path.expanduser(path))
+    if not os.path.isfile(file):  # unlike Path.is_file it also takes what can be no path
+        folder = next((place for place in (file, file.parent) if os.path.isdir(place)), Path("configs"))
+        near = sorted(str(other) for other in folder.glob("[!.]*.yaml"))
         raise unknown_name("configuration file", str(path), near)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is not valid YAML: {error}") from None
+    values = strict.load_yaml(strict.read_text(file), str(path))
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path} holds {type(values).__name__}, not a mapping of settings.")
     return values
@@ -246,22 +255,60 @@ def parse_override(override: str) -> tuple[str, Any]:
     """
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigurationError(f"override {override!r} is not of the form key=value (for example rounds=20).")
-    try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigurationError(f"override {override!r}: {text!r} is not a YAML value.") from None
+        raise ConfigurationError(f"override {shown(override)} is not of the form key=value (for example rounds=20).")
+    return key, strict.load_yaml(text, f"override {shown(override)}")
 
 
-def assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets one setting, such as `algorithm.alpha`, in nested dicts; see `load` for the names of parts.
+def change(
+    values: dict[str, Any], changes: Iterable[tuple[str, Any]], split: Callable[[str], list[str]] | None = None
+) -> None:
+    """Sets settings by their dotted names, such as `algorithm.alpha`, in nested dicts; their order means nothing.
+
+    A change of a part's name (`algorithm.name=fedavg`, or shorter `algorithm=fedavg`) drops the part's other options:
+    they belonged to another function. Options that are among the changes are set after it.
+
+    Args:
+      split: takes a name apart; by default at its dots.
 
     Raises:
-      ConfigurationError: the key leads into a single value.
+      ConfigurationError: two changes contradict each other, or one leads into a single value.
     """
-    *folders, last = key.split(".")
-    if key in PARTS and isinstance(value, str):
-        folders, last = [key], "name"
+    wanted: dict[tuple[str, ...], Any] = {}
+    for key, value in changes:
+        path = tuple(key.split(".") if split is None else split(key))
+        path = (key, "name") if key in PARTS and isinstance(value, str) else path
+        if path in wanted and not _same(wanted[path], value):
+            raise ConfigurationError(f"{key} is given twice, as {shown(wanted[path])} and {shown(value)}: keep one.")
+        wanted[path] = value
+    for path, value in wanted.items():
+        _check_against_outer(wanted, path, value)
+    for path in sorted(wanted, key=lambda path: (len(path), path[-1] != "name")):  # groups before what is in them
+        _assign(values, path, wanted[path])
+
+
+def _check_against_outer(wanted: dict[tuple[str, ...], Any], path: tuple[str, ...], value: Any) -> None:
+    """`local={epochs: 3}` says nothing against `local.momentum=0`, but something against `local.epochs=5`."""
+    for length in range(1, len(path)):
+        outer = path[:length]
+        if outer not in wanted:
+            continue
+        found = wanted[outer]
+        for name in path[length:]:
+            found = found.get(name, value) if isinstance(found, dict) else found
+        if not (found is value or _same(found, value)):
+            raise ConfigurationError(
+                f"{'.'.join(path)} = {shown(value)} contradicts {'.'.join(outer)} = {shown(wanted[outer])}: keep one."
+            )
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two values are the same, true and 1 being different."""
+    return first == second and isinstance(first, bool) == isinstance(second, bool)
+
+
+def _assign(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    *folders, last = path
+    key = ".".join(path)
     for folder in folders:
         if folder in PARTS and isinstance(values.get(folder), str):
             values[folder] = {"name": values[folder]}
@@ -269,17 +316,19 @@ def assign(values: dict[str, Any], key: str, value: Any) -> None:
             values[folder] = {}
         values = values[folder]
         if not isinstance(values, dict):
-            raise ConfigurationError(f"{key} = {value!r}: {folder!r} is a single value and has no parts.")
-    if folders and folders[0] in PARTS and last == "name" and values.get("name") != value:
+            raise ConfigurationError(
+                f"{shown(key)} = {shown(value)}: {shown(folder)} is a single value and has no parts."
+            )
+    if len(path) == 2 and path[0] in PARTS and last == "name" and values.get("name", value) != value:
         values.clear()
-    values[last] = value
+    values[last] = copy.deepcopy(value)  # a later change may lead into it
 
 
 def _part(key: str, value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, dict) or "name" not in value:
-        raise ConfigurationError(f"{key} = {value!r} needs a name, for example `{key}: {{name: …}}`.")
+        raise ConfigurationError(f"{key} = {shown(value)} needs a name, for example `{key}: {{name: …}}`.")
     return {"name": value["name"], "options": {k: v for k, v in value.items() if k != "name"}}
 
 
@@ -288,18 +337,33 @@ def check_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            raise unknown_name("setting", f"{prefix}{key}", [prefix + name for name in fields])
+            raise unknown_name("setting", f"{prefix}{key}", [prefix + name for name in fields], _every_name())
         inner = _group(fields[key].type)
         if inner is not None and not (value is None and inner is not fields[key].type):
             if not isinstance(value, dict):
-                raise ConfigurationError(f"{prefix}{key} = {value!r} must be a mapping of settings.")
+                raise ConfigurationError(f"{prefix}{key} = {shown(value)} must be a mapping of settings.")
             check_keys(value, inner, f"{prefix}{key}.")
+
+
+def _every_name() -> list[str]:
+    """The dotted names of all settings of a run, with options that many parts have."""
+    inner = [f"{group}.{field.name}" for group, cls in groups().items() for field in dataclasses.fields(cls)]
+    return [*inner, "partition.clients", "partition.beta", "algorithm.alpha", "algorithm.proximal"]
 
 
 def groups() -> dict[str, type]:
     """The groups of settings of a run that are not parts, by name."""
     found = {field.name: _group(field.type) for field in dataclasses.fields(Config)}
     return {name: group for name, group in found.items() if group is not None}
+
+
+def annotation(setting: str) -> Any:
+    """The type of a setting that is no part's option, by its dotted name; None where there is none."""
+    cls: Any = Config
+    *outer, last = setting.split(".")
+    for name in outer:
+        cls = _group({field.name: field.type for field in dataclasses.fields(cls)}.get(name)) if cls else None
+    return {field.name: field.type for field in dataclasses.fields(cls)}.get(last) if cls else None
 
 
 def _group(annotation: Any) -> type | None:
@@ -309,12 +373,21 @@ def _group(annotation: Any) -> type | None:
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind) and kind is not Part), None)
 
 
+_MOST_SETTINGS = 3  # in a message
+
+
 def readable(error: pydantic.ValidationError) -> str:
     """Pydantic's findings in one line: setting, value, reason. A setting of several types has a reason for each."""
-    reasons: dict[str, list[str]] = {}
-    for item in error.errors():
-        parts = [str(part) for part in item["loc"]]
-        name = ".".join(part for part in parts if not part.startswith(("function", "constrained", "literal")))
-        given = "" if item["type"] == "missing" else f" = {item['input']!r}"
-        reasons.setdefault(name + given, []).append(reason(item["type"], item["msg"]))
-    return "; ".join(f"{setting} {', or '.join(found)}" for setting, found in reasons.items()) + "."
+    reasons: dict[str, dict[str, None]] = {}
+    for item in error.errors(include_url=False):
+        name = ".".join(str(part) for part in item["loc"] if not _of_a_type(part))
+        given = "" if item["type"] == "missing" else f" = {shown(item['input'])}"
+        reasons.setdefault(name + given, {})[reason(item["type"], item["msg"])] = None
+    found = [f"{setting} {', or '.join(list(why)[:MOST_REASONS])}" for setting, why in reasons.items()]
+    more = f"; and {len(found) - _MOST_SETTINGS} more" if len(found) > _MOST_SETTINGS else ""
+    return "; ".join(found[:_MOST_SETTINGS]) + more + "."
+
+
+def _of_a_type(part: str | int) -> bool:
+    """Whether a piece of a place is the name of one of several types that pydantic has tried, not of a setting."""
+    return isinstance(part, str) and (not part.isidentifier() or part in ("int", "float", "str", "bool"))

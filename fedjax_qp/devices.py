@@ -70,17 +70,24 @@ def check_devices(config: Config) -> None:
         )
     _check_model_devices(config, available)
     _check_processes(config, available)
-    if engine.parallel == "vmap" and engine.devices > 1:
+    check_lanes(config)
+
+
+def check_lanes(config: Config) -> None:
+    """Checks the numbers of lanes and devices against each other and the cohort, where they are given."""
+    engine = config.engine
+    devices = 1 if engine.devices == "auto" else engine.devices
+    if engine.parallel == "vmap" and devices > 1:
         raise ConfigurationError(
             f"engine.devices = {engine.devices} with engine.parallel = 'vmap', which uses one device: choose shard_map "
             "or pmap."
         )
-    if engine.lanes != "auto" and engine.lanes % engine.devices:
+    if engine.lanes != "auto" and engine.lanes % devices:
         raise ConfigurationError(
             f"engine.lanes = {engine.lanes} must be a multiple of engine.devices = {engine.devices}: every device takes "
             "the same number of lanes."
         )
-    most = -(-config.participation.cohort // engine.devices) * engine.devices
+    most = -(-config.participation.cohort // devices) * devices
     if engine.lanes != "auto" and engine.lanes > most:
         raise ConfigurationError(
             f"engine.lanes = {engine.lanes} is more than the {config.participation.cohort} clients of a round: choose 1 "

@@ -19,7 +19,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Local, Part, to_dict
 from fedjax_qp.data import character_sources, check_partition, instruction_sources, partitions, sources
-from fedjax_qp.devices import check_devices, settle, share_out_cores
+from fedjax_qp.devices import check_devices, check_lanes, settle, share_out_cores
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state, initial_key
 from fedjax_qp.models import character_models, language_models, models
@@ -28,6 +28,7 @@ from fedjax_qp.precision import in_precision
 from fedjax_qp.registry import ConfigurationError, Registry, is_zero, unknown_name
 from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks import Task, classification_task, instruction_task
+from fedjax_qp.values import takes
 
 
 class Experiment(NamedTuple):
@@ -53,6 +54,11 @@ _REGISTRIES: dict[str, tuple[Registry, ...]] = {
 }
 
 
+def registries() -> list[Registry]:
+    """All that a configuration can name something of."""
+    return [registry for kinds in _REGISTRIES.values() for registry in kinds]
+
+
 def resolve(config: Config) -> Config:
     """Fills in the options of all parts; unknown or ill-typed ones are errors."""
     parts = {}
@@ -69,7 +75,7 @@ def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
       values: the configuration. Only the names of its parts matter; one that no longer exists has no defaults.
     """
     nothing = Part("")
-    found = dataclasses.asdict(Config(name="", data=nothing, partition=nothing, model=nothing, algorithm=nothing))
+    found = dataclasses.asdict(Config(name="any", data=nothing, partition=nothing, model=nothing, algorithm=nothing))
     del found["name"], found["seed"]  # what tells runs apart
     for key in _REGISTRIES:
         found[key] = {}
@@ -78,6 +84,21 @@ def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
             options = _registry(key, name).options(name)
             found[key] = {option: p.default for option, p in options.items() if p.default is not p.empty}
     return found
+
+
+def is_whole_number(setting: str, names: Mapping[str, str]) -> bool:
+    """Whether a setting's type has whole numbers and no others; False for one that does not exist.
+
+    Args:
+      setting: its dotted name.
+      names: those of the parts.
+    """
+    head, _, option = setting.partition(".")
+    annotation = configuration.annotation(setting)
+    if head in _REGISTRIES:
+        with contextlib.suppress(ConfigurationError, KeyError):  # found when the trial is checked
+            annotation = _registry(head, names[head]).options(names[head])[option].annotation
+    return takes(annotation, int) and not takes(annotation, float)
 
 
 def of_language_model(config: Config) -> bool:
@@ -151,17 +172,9 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     share_out_cores()
     config = settle(resolve(config))
     check_devices(config)
-    check_options(config)
-    if config.evaluation.stop_at_target and config.evaluation.target_accuracy is None:
-        raise ConfigurationError(
-            "evaluation.stop_at_target = true, but there is no target: set evaluation.target_accuracy, above 0 and at most 1."
-        )
+    check(config)
     task = _build_task(config, like)
-    if config.participation.cohort > len(task.parts):
-        raise ConfigurationError(
-            f"participation.cohort = {config.participation.cohort} is more than the {len(task.parts)} clients there are: "
-            f"choose 1 to {len(task.parts)}, or more clients in the partition."
-        )
+    _check_cohort(config, len(task.parts))
     algorithm = method(config, task.model)({})
     _check_dispatch(task.model, algorithm, len(task.parts), config.participation.cohort)
     work = Workload(
@@ -190,11 +203,6 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
         return like.task
     kind = _registry("data", config.data.name)
     fitting = _FITTING[kind]
-    if _registry("model", config.model.name) is not fitting:
-        raise ConfigurationError(
-            f"model = {config.model.name!r} does not fit data = {config.data.name!r}: choose one of "
-            f"{', '.join(fitting.names())}."
-        )
     shared = like if like is not None and like.config.data == config.data else None
     dataset: Any = shared.task.dataset if shared is not None else None
     if dataset is None:
@@ -218,19 +226,49 @@ def _task_settings(config: Config) -> tuple:
     return *parts, config.evaluation.batch_size, config.engine.model_devices, expansion
 
 
-def check_options(config: Config) -> None:
-    """Builds the algorithm of a resolved configuration without a model: bad hyper-parameters show up before any data is read.
+def check(config: Config) -> Algorithm:
+    """Checks a resolved configuration as far as that needs neither data nor devices; `build` does the rest.
+
+    Returns:
+      The algorithm, on a model whose functions cannot be called.
 
     Raises:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
+    check_lanes(config)
     algorithm = method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
-    fits = _registry("model", config.model.name) is _FITTING[_registry("data", config.data.name)]
-    if algorithm.tunes_adapters and fits and not of_language_model(config):
+    fitting = _FITTING[_registry("data", config.data.name)]
+    if _registry("model", config.model.name) is not fitting:
+        raise ConfigurationError(
+            f"model = {config.model.name!r} does not fit data = {config.data.name!r}: choose one of "
+            f"{', '.join(fitting.names())}."
+        )
+    if algorithm.tunes_adapters and fitting is not language_models:
         raise ConfigurationError(
             f"algorithm = {config.algorithm.name!r} tunes the LoRA adapters of a language model, but model = "
             f"{config.model.name!r} has none: choose model = {' or '.join(language_models.names())} with instruction data, "
             "or another algorithm such as fedavg."
+        )
+    if config.evaluation.stop_at_target and config.evaluation.target_accuracy is None:
+        raise ConfigurationError(
+            "evaluation.stop_at_target = true, but there is no target: set evaluation.target_accuracy, above 0 and at most 1."
+        )
+    clients = config.partition.options.get("clients")
+    if clients is not None:
+        _check_cohort(config, clients)
+    if algorithm.sampling is not None and algorithm.sampling.reads_memories and config.engine.rounds_per_chunk != 1:
+        raise ConfigurationError(
+            f"engine.rounds_per_chunk = {config.engine.rounds_per_chunk}, but algorithm = {config.algorithm.name!r} draws "
+            "each cohort by what the clients of the round before sent: choose 1."
+        )
+    return algorithm
+
+
+def _check_cohort(config: Config, clients: int) -> None:
+    if config.participation.cohort > clients:
+        raise ConfigurationError(
+            f"participation.cohort = {config.participation.cohort} is more than the {clients} clients there are: choose 1 to "
+            f"{clients}, or more clients in the partition."
         )
 
 
@@ -344,15 +382,8 @@ def _check_dispatch(model: Model, algorithm: Algorithm, clients: int, members: i
 
 
 def _check_sampling(config: Config, task: Task, algorithm: Algorithm) -> None:
-    """A cohort that depends on the round before can only be planned after it."""
-    if algorithm.sampling is None or not algorithm.sampling.reads_memories:
-        return
-    if config.engine.rounds_per_chunk != 1:
-        raise ConfigurationError(
-            f"engine.rounds_per_chunk = {config.engine.rounds_per_chunk}, but algorithm = {config.algorithm.name!r} draws "
-            "each cohort by what the clients of the round before sent: choose 1."
-        )
-    if task.personal is not None:
+    """A cohort that depends on the round before cannot be drawn again."""
+    if algorithm.sampling is not None and algorithm.sampling.reads_memories and task.personal is not None:
         raise ConfigurationError(
             f"algorithm = {config.algorithm.name!r} draws cohorts that cannot be drawn again, but this task reports on "
             "clients by whether they have taken part: choose an algorithm that does not draw by what clients sent."

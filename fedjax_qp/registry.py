@@ -1,7 +1,8 @@
 """Names for the interchangeable parts: algorithms, data sources, partitions, models.
 
 A part is a function whose keyword-only arguments are its options. The signature is the single place where an option, its
-type and its default are written; configuration files, error messages and `fedjax-qp list` all read it from there.
+type and its default are written; configuration files, error messages and `fedjax-qp list` all read it from there. Its `float`
+means a finite number and its `int` one of sane size, see `values`.
 """
 
 import difflib
@@ -11,22 +12,55 @@ from typing import Any
 
 import pydantic
 
+from fedjax_qp.values import checkable, shown
+
 
 class ConfigurationError(ValueError):
     """A setting that cannot work; the message names the value, what is allowed and what to do."""
 
 
-def unknown_name(kind: str, name: str, valid: Iterable[str]) -> ConfigurationError:
-    """Returns the error for a name that does not exist, with the nearest valid names first."""
+# What other simulators and the papers' code call things, in the words used here.
+_USUAL = {
+    **{"lr": "learning_rate", "eta": "learning_rate", "bs": "batch_size", "wd": "weight_decay", "opt": "optimizer"},
+    **{"mu": "proximal", "epoch": "epochs", "round": "rounds", "num_rounds": "rounds", "num_clients": "clients"},
+    **{
+        "server_lr": "server_learning_rate",
+        "temp": "temperature",
+        "clients_per_round": "cohort",
+        "grad_clip": "clip_norm",
+    },
+}
+_MOST_NAMES = 12  # listed in a message
+
+
+def unknown_name(kind: str, name: str, valid: Iterable[str], elsewhere: Iterable[str] = ()) -> ConfigurationError:
+    """Returns the error for a name that does not exist.
+
+    Args:
+      valid: the names that could stand in its place; the nearest are named first, and the others only where they are few.
+      elsewhere: further ones that may have been meant, in full.
+    """
     valid = sorted(valid)
-    nearest = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    nearest = _nearest(str(name), [*valid, *elsewhere])
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
-    return ConfigurationError(f"unknown {kind} {name!r}: {hint}Valid: {', '.join(valid) or 'none'}.")
+    listed = ", ".join(valid[:_MOST_NAMES]) or "none"
+    more = f", … ({len(valid)} in all)" if len(valid) > _MOST_NAMES else ""
+    return ConfigurationError(f"unknown {kind} {shown(name)}: {hint}Valid: {listed}{more}.")
+
+
+def _nearest(name: str, names: list[str]) -> list[str]:
+    """At most three names: those with the same last part, in these words or in usual ones, or else those spelt alike."""
+    last = name.rpartition(".")[2].lower().replace("-", "_")
+    same = [one for one in dict.fromkeys(names) if one.rpartition(".")[2] in (last, _USUAL.get(last))]
+    return same[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
 
 
 def is_zero(value: Any) -> bool:
     """Whether a setting is a plain 0, whose arithmetic can be left out. An array, of runs that share a program, is not."""
     return isinstance(value, int | float) and value == 0
+
+
+MOST_REASONS = 3  # of a value, in a message: a list may be wrong in every place
 
 
 class Registry:
@@ -69,7 +103,7 @@ class Registry:
         resolved = {}
         for key, parameter in parameters.items():
             if key in given:
-                resolved[key] = self._checked(name, key, parameter.annotation, given[key])
+                resolved[key] = self.checked(name, key, given[key])
             elif parameter.default is inspect.Parameter.empty:
                 raise ConfigurationError(f"{self.kind} {name!r} needs the option {key!r} ({parameter.annotation}).")
             else:
@@ -80,12 +114,19 @@ class Registry:
         """Calls the entry with its checked options."""
         return self[name](*arguments, **self.resolve(name, options))
 
-    def _checked(self, name: str, key: str, annotation: Any, value: Any) -> Any:
+    def checked(self, name: str, key: str, value: Any) -> Any:
+        """One option's value, as its type reads it.
+
+        Raises:
+          ConfigurationError: the value is not of the type.
+        """
+        annotation = self.options(name)[key].annotation
         try:
-            return pydantic.TypeAdapter(annotation).validate_python(value)
+            return pydantic.TypeAdapter(checkable(annotation)).validate_python(value)
         except pydantic.ValidationError as error:
-            reasons = ", or ".join(reason(item["type"], item["msg"]) for item in error.errors())
-            raise ConfigurationError(f"{self.kind} {name!r}: {key} = {value!r} {reasons}.") from None
+            found = dict.fromkeys(reason(item["type"], item["msg"]) for item in error.errors(include_url=False))
+            reasons = ", or ".join(list(found)[:MOST_REASONS])
+            raise ConfigurationError(f"{self.kind} {name!r}: {key} = {shown(value)} {reasons}.") from None
 
 
 _KINDS = {
@@ -104,4 +145,6 @@ def reason(kind: str, message: str) -> str:
     sort, _, rest = kind.partition("_")
     if sort in _KINDS and rest in ("type", "parsing", "from_float"):
         return _KINDS[sort]
+    if rest == "parsing_size":
+        return "is too large"
     return message.replace("Input should", "must")

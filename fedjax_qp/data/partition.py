@@ -6,10 +6,11 @@ examples for each client. They are disjoint, none is empty, and unless an entry 
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32
+from pydantic import Field
 
 from fedjax_qp.registry import ConfigurationError, Registry
 
@@ -55,7 +56,7 @@ def dirichlet(
     clients: int = 100,
     beta: float = 0.5,
     minimum: int = 10,
-    attempts: int = 1000,
+    attempts: Annotated[int, Field(ge=1, le=100_000)] = 1000,
 ) -> list[Int[np.ndarray, "n"]]:
     """Draws each class's shares from a Dirichlet distribution: the smaller beta, the fewer classes a client has.
 
