@@ -276,7 +276,7 @@ def change(
     wanted: dict[tuple[str, ...], Any] = {}
     for key, value in changes:
         path = tuple(key.split(".") if split is None else split(key))
-        path = (key, "name") if key in PARTS and isinstance(value, str) else path
+        path = (key, "name") if path == (key,) and key in PARTS and isinstance(value, str) else path
         if path in wanted and not _same(wanted[path], value):
             raise ConfigurationError(f"{key} is given twice, as {shown(wanted[path])} and {shown(value)}: keep one.")
         wanted[path] = value

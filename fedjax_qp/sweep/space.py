@@ -72,7 +72,7 @@ Dimension = Choices | Range
 class Variant:
     """Settings that belong together, for example a method, with the space of its own options."""
 
-    name: Literal[""] | Name
+    name: Annotated[Name | Literal[""], Field(union_mode="left_to_right")]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     space: dict[str, Dimension] = dataclasses.field(default_factory=dict)
 

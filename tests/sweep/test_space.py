@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made import sweep_of, write_sweep
 
+from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep import search, space
 from fedjax_qp.sweep.run import planned
@@ -87,6 +88,30 @@ def test_round_trip(tmp_path):
         ({"trials": 3}, "tries every point"),
         ({"seeds": [1, 1]}, "names a seed twice"),
         ({"seeds": []}, "seeds"),
+        ({"variants": 5}, "variants = 5 must be a list"),
+        ({"variants": {"name": "a"}}, "must be a list"),
+        ({"variants": [None]}, "variants.0 = None must be a mapping"),
+        ({"variants": [{"name": "a/b"}]}, "variants.0.name = 'a/b' must be one name"),
+        ({"name": ""}, "name = '' must be a name"),
+        ({"name": "../../x"}, "name = '../../x' must be one name"),
+        ({"rank": {"metric": ""}}, "rank.metric = ''"),
+        ({"seeds": [True]}, "seeds.0 = True must be a number"),
+        ({"workers": 10**9}, "workers = 1000000000 must be less than"),
+        ({"search": "random", "trials": 10**9}, "trials = 1000000000 must be less than or equal to 10000"),
+        ({"overrides": ["rounds=1", "rounds=2"]}, "rounds is given twice, as 1 and 2"),
+        ({"overrides": 5}, "overrides = 5 must be a mapping"),
+        ({"space": {"rounds": {"low": 1, "high": 9, "points": 10**9}}}, "points = 1000000000 must be less than"),
+        (
+            {"space": {"local.momentum": {"low": 0.1, "high": 1e6, "step": 1e-6}}},
+            "makes 99999[0-9]* values from 0.1 to",
+        ),
+        ({"space": {"local.momentum": {"low": -3e38, "high": 3e38, "step": 1}}}, "makes [0-9]* values"),
+        ({"space": {"local.momentum": {"low": 0, "high": float("inf")}}}, "high = inf"),
+        ({"space": {"local.momentum": {"low": False, "high": True}}}, "low = False must be a number"),
+        (
+            {"space": {f"algorithm.x{n}": {"low": 0, "high": 1.5, "points": 1000} for n in range(3)}},
+            "the grid has 1000000000 trials, more than 10000",
+        ),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "a name of its own"),
         ({"variants": [{"name": "a", "settings": {"rounds": 3}, "space": {"rounds": [1]}}]}, "both sets and searches"),
     ],
@@ -144,6 +169,110 @@ def test_points_of_a_range_are_even_and_include_its_ends(low, ratio, log, points
 def test_steps_of_whole_numbers(low, span, step):
     if step <= span:
         assert listed(Range(low, low + span, step=step)) == list(range(low, low + span + 1, step))
+
+
+@pytest.mark.parametrize(
+    ("field", "interval", "values"),
+    [
+        ("algorithm.proximal", {"low": 0, "high": 1, "points": 5}, [0, 0.25, 0.5, 0.75, 1]),
+        ("algorithm.proximal", {"low": 0, "high": 1.0, "points": 3}, [0, 0.5, 1]),
+        ("algorithm.proximal", {"low": 1, "high": 100, "log": True, "points": 3}, [1, 10, 100]),
+        ("algorithm.proximal", {"low": 0, "high": 4, "step": 2}, [0, 2, 4]),
+        ("local.clip_norm", {"low": 1, "high": 2, "points": 3}, [1, 1.5, 2]),  # a float or null
+        ("local.epochs", {"low": 1, "high": 4, "points": 4}, [1, 2, 3, 4]),
+        ("local.epochs", {"low": 1.0, "high": 3.0, "step": 1}, [1, 2, 3]),
+        ("partition.clients", {"low": 10, "high": 1000, "log": True, "points": 3}, [10, 100, 1000]),
+        ("engine.lanes", {"low": 1, "high": 4, "points": 2}, [1, 4]),  # a whole number or auto
+    ],
+)
+def test_a_range_takes_the_kind_of_its_field(tmp_path, field, interval, values):
+    """However YAML spells its numbers."""
+    sweep = sweep_of(tmp_path, {"partition": "iid"}, overrides={"algorithm": "fedprox"}, space={field: interval})
+    found = [point.settings[field] for point in points_of(sweep)]
+    assert found == values
+    whole = field in ("local.epochs", "partition.clients", "engine.lanes")
+    assert all(type(value) is (int if whole else float) for value in found)
+
+
+def three(low: int, high: int) -> dict[str, int]:
+    return {"low": low, "high": high, "points": 3}
+
+
+def test_the_kind_comes_from_the_variant_s_own_part(tmp_path):
+    sweep = sweep_of(
+        tmp_path,
+        variants=[
+            {"name": "a", "settings": {"algorithm": "fedprox"}, "space": {"algorithm.proximal": three(0, 1)}},
+            {"name": "b", "space": {"algorithm": ["ditto"], "algorithm.proximal": three(1, 2)}},
+        ],
+    )  # fmt: skip
+    assert [point.settings["algorithm.proximal"] for point in points_of(sweep)] == [0, 0.5, 1, 1, 1.5, 2]
+
+
+def test_random_draws_between_whole_ends_are_floats_for_a_float_field(tmp_path):
+    sweep = sweep_of(
+        tmp_path, search="random", trials=20, overrides={"algorithm": "fedprox"},
+        space={"algorithm.proximal": {"low": 0, "high": 1}},
+    )  # fmt: skip
+    found = [point.settings["algorithm.proximal"] for point in points_of(sweep)]
+    assert len(set(found)) == 20 and all(0 <= value <= 1 for value in found)
+
+
+@pytest.mark.parametrize(
+    ("interval", "message"),
+    [
+        ({"low": 1, "high": 3, "points": 5}, "points = 5 from 1 to 3 are only 3 different whole numbers: choose points = 3"),
+        ({"low": 0.5, "high": 3, "points": 2}, "low = 0.5 must be a whole number, as local.epochs is one"),
+        ({"low": 1, "high": 3, "step": 0.5}, "step = 0.5 must be a whole number"),
+    ],
+)  # fmt: skip
+def test_a_range_that_does_not_suit_whole_numbers_is_refused(tmp_path, interval, message):
+    with pytest.raises(ConfigurationError, match=message):
+        points_of(sweep_of(tmp_path, space={"local.epochs": interval}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("participation.cohort", 99, "cohort = 99 is more than the 12 clients"),
+        ("engine.lanes", 7, "engine.lanes = 7 is more than the 4 clients"),
+        ("model", "char_lstm", "model = 'char_lstm' does not fit data = 'digits'"),
+        ("evaluation.stop_at_target", True, "there is no target"),
+        ("algorithm", "fedit", "tunes the LoRA adapters"),
+    ],
+)
+def test_what_a_run_would_refuse_before_its_data_a_sweep_refuses_beforehand(tmp_path, field, value, message):
+    with pytest.raises(ConfigurationError, match=message):
+        points_of(sweep_of(tmp_path, space={field: [value]}))
+
+
+def test_runs_and_sweeps_mean_the_same_by_the_same_overrides(tmp_path):
+    overrides = ["algorithm.alpha=2", "local.momentum=0.5", "algorithm=fedmut", "local={epochs: 3}"]
+    file = write_sweep(tmp_path)
+    of_run = config.load(tmp_path / "base.yaml", overrides)
+    for order in (overrides, overrides[::-1]):
+        assert config.from_dict(base_values(space.load(file, order))) == of_run
+    with pytest.raises(ConfigurationError, match="given twice"):
+        space.load(file, ["rounds=1", "overrides.rounds=2"])
+
+
+def test_the_command_line_replaces_the_file_s_overrides(tmp_path):
+    file = write_sweep(
+        tmp_path, overrides={"algorithm": "fedqp", "algorithm.form": "box", "rounds": 9, "local.epochs": 4}
+    )
+    sweep = space.load(file, ["algorithm=fedavg", "rounds=3", "local={momentum: 0}"])
+    assert sweep.overrides == {"algorithm": "fedavg", "rounds": 3, "local": {"momentum": 0}}
+    assert base_values(space.load(file))["algorithm"] == {"name": "fedqp", "form": "box"}
+
+
+def test_paths_of_a_sweep_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write_sweep(tmp_path / "x", config="~/x/base.yaml")
+    with pytest.raises(ConfigurationError, match="folder = '' must be a path"):
+        space.load(file, ["folder=''"])
+    sweep = space.load(file, ["folder=~/sweeps"])
+    assert sweep.sweep_folder == tmp_path / "sweeps" / "small"
+    assert base_values(sweep)["rounds"] == 4
 
 
 def test_steps_without_rounding_errors():
