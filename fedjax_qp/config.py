@@ -106,7 +106,7 @@ class Engine:
 @dataclass(frozen=True)
 class Evaluation:
     every: Count = 1  # rounds
-    batch_size: Count = 500
+    batch_size: Annotated[Count, Field(le=10**6)] = 500
     target_accuracy: Annotated[Finite, Field(gt=0, le=1)] | None = None  # reports "rounds to reach"
     stop_at_target: Truth = False
     patience: Count | None = None  # stop after so many evaluations without a better accuracy

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import psutil
 from jaxtyping import Float, PyTree
 
 from fedjax_qp import config as configuration
@@ -23,7 +25,7 @@ from fedjax_qp.devices import check_devices, check_lanes, settle, share_out_core
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state, initial_key
 from fedjax_qp.models import character_models, language_models, models
-from fedjax_qp.plan import Workload, fewest_steps
+from fedjax_qp.plan import Workload, fewest_steps, plan_bytes
 from fedjax_qp.precision import in_precision
 from fedjax_qp.registry import ConfigurationError, Registry, is_zero, unknown_name
 from fedjax_qp.streams import Stream, generator
@@ -177,6 +179,7 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     _check_cohort(config, len(task.parts))
     algorithm = method(config, task.model)({})
     _check_dispatch(task.model, algorithm, len(task.parts), config.participation.cohort)
+    _check_state(config, task.model, algorithm, len(task.parts))
     work = Workload(
         task.parts,
         config.participation,
@@ -186,6 +189,7 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
         preparation=algorithm.preparation,
         sampling=algorithm.sampling,
     )
+    _check_plan(config, work)
     _check_sampling(config, task, algorithm)
     _check_preparation(work)
     _check_accumulation(work)
@@ -379,6 +383,43 @@ def _check_dispatch(model: Model, algorithm: Algorithm, clients: int, members: i
         return algorithm.dispatch(server, Cohort(number, size, number), key)
 
     jax.eval_shape(dispatch, jax.random.key(0))
+
+
+def _check_state(config: Config, model: Model, algorithm: Algorithm, clients: int) -> None:
+    """Traces the first state on shapes alone, so that one that fits no memory is never made."""
+
+    def state(key: jax.Array) -> tuple:
+        params = model.init(key)
+        return algorithm.init_server(params, clients), algorithm.init_client(params)
+
+    server, client = jax.eval_shape(state, jax.random.key(0))
+    needed = _bytes(server) + clients * _bytes(client)
+    if needed > (available := psutil.virtual_memory().total):
+        raise ConfigurationError(
+            f"model = {config.model.name!r} with algorithm = {config.algorithm.name!r} takes {_gibibytes(_bytes(server))} on "
+            f"the server and {_gibibytes(_bytes(client))} for each of {clients} clients, but this machine has "
+            f"{_gibibytes(available)}: choose a smaller model, or fewer clients."
+        )
+
+
+def _check_plan(config: Config, work: Workload) -> None:
+    """A plan of absurd size would end in a MemoryError when the run has begun."""
+    rounds, local = config.engine.rounds_per_chunk, config.local
+    lanes = 1 if config.engine.lanes == "auto" else config.engine.lanes
+    needed = plan_bytes(work, rounds, lanes)
+    if needed > (available := psutil.virtual_memory().total):
+        raise ConfigurationError(
+            f"the plan of a chunk takes {_gibibytes(needed)}, but this machine has {_gibibytes(available)}: lower "
+            f"engine.rounds_per_chunk = {rounds}, local.epochs = {local.epochs} or local.batch_size = {local.batch_size}."
+        )
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _check_sampling(config: Config, task: Task, algorithm: Algorithm) -> None:

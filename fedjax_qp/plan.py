@@ -172,6 +172,14 @@ def steps_bound(works: Sequence[Workload], lanes: int) -> int:
     return max(1, (sum(worst) + (lanes - 1) * max(worst)) // lanes)
 
 
+def plan_bytes(work: Workload, rounds: int, lanes: int) -> int:
+    """What the arrays of a plan of so many rounds take; see `plan_together`."""
+    members, batch = work.participation.cohort, work.local.batch_size
+    turns, batches = (-(-members // lanes), work.preparation.batches) if work.preparation is not None else (0, 0)
+    of_lane = steps_bound([work], lanes) * (2 + batch) + turns * (1 + batches * batch)
+    return 4 * rounds * (lanes * of_lane + 4 * members)
+
+
 def plan_chunk(
     work: Workload, first_round: int, rounds: int, *, capacity: int, lanes: int, evaluate_every: int, last_round: int
 ) -> Plan:

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 
 from fedjax_qp.config import Local, Participation
 from fedjax_qp.federated import Preparation
-from fedjax_qp.plan import IDLE, Workload, client_batches, client_steps, pack, plan_chunk, sample_cohort, steps_bound
+from fedjax_qp.plan import (
+    IDLE,
+    Workload,
+    client_batches,
+    client_steps,
+    pack,
+    plan_bytes,
+    plan_chunk,
+    sample_cohort,
+    steps_bound,
+)
 
 
 def workload(
@@ -51,6 +61,20 @@ def test_no_round_exceeds_the_bound(sizes, lanes, seed):
     plan = chunk(work, lanes)
     assert plan.lanes.slots.shape == (lanes, 3, steps_bound([work], lanes))
     np.testing.assert_array_equal((plan.lanes.slots != IDLE).sum(2), plan.lanes.steps)
+
+
+@pytest.mark.parametrize("preparation", [None, Preparation(batches=3, charged=1)])
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_bytes_of_a_plan_are_known_before_it_is_made(lanes, preparation):
+    work = workload([30, 8, 21, 13], cohort=3)._replace(preparation=preparation)
+    plan = chunk(work, lanes)
+    large = [
+        *plan.cohorts,
+        plan.rows,
+        *plan.lanes[:3],
+        *plan.preparations[:2],
+    ]  # the others are one number a round and lane
+    assert plan_bytes(work, 3, lanes) == sum(np.asarray(leaf).nbytes for leaf in large)
 
 
 def test_packing_puts_the_longest_first_into_the_emptiest_lane():

@@ -38,7 +38,7 @@ from fedjax_qp.algorithms.local import (
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
 from fedjax_qp.models.classifier import mean_cross_entropy
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class Layer(NamedTuple):
@@ -126,7 +126,7 @@ def fedgen(
     distillation: Annotated[float, Field(ge=0)] = 1.0,
     diversity: Annotated[float, Field(ge=0)] = 1.0,
     generator_learning_rate: Annotated[float, Field(gt=0)] = 3e-4,
-    generator_steps: Annotated[int, Field(ge=0)] = 50,
+    generator_steps: Annotated[int, Field(ge=0, le=10**6)] = 50,
     generated: Count = 32,
     noise: Count = 32,
     hidden: Count = 256,

@@ -56,7 +56,7 @@ def dirichlet(
     clients: int = 100,
     beta: float = 0.5,
     minimum: int = 10,
-    attempts: Annotated[int, Field(ge=1, le=100_000)] = 1000,
+    attempts: Annotated[int, Field(ge=1, le=10_000)] = 1000,
 ) -> list[Int[np.ndarray, "n"]]:
     """Draws each class's shares from a Dirichlet distribution: the smaller beta, the fewer classes a client has.
 

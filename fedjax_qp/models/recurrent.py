@@ -1,12 +1,13 @@
 """Recurrent network over characters: embedding, LSTM layers, and a prediction of the next character."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt8
+from pydantic import Field
 
 from fedjax_qp.models.layers import Dense, uniform_fan_in
 from fedjax_qp.models.registry import character_models
@@ -120,7 +121,7 @@ def char_lstm(
     *,
     embedding: int = 8,
     hidden: int = 256,
-    layers: int = 2,
+    layers: Annotated[int, Field(ge=1, le=100)] = 2,
     predict: Literal["last", "every"] = "last",
 ) -> Callable[[nnx.Rngs], nnx.Module]:
     """The character LSTM of FedMut and LEAF: embedding 8, two layers of 256 units, next character.
