@@ -1,5 +1,6 @@
 """A network as the pure functions that algorithms train: normalised inputs, masked cross-entropy, sums per class."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeGuard, cast
 
@@ -10,6 +11,9 @@ from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from fedjax_qp.federated import Batch, Model, Params, Parts
 from fedjax_qp.models.layers import Network
+from fedjax_qp.registry import ConfigurationError
+
+MOST_WEIGHTS = 2**31  # 8 GiB, of which every lane holds several copies
 
 
 def classifier(
@@ -28,10 +32,20 @@ def classifier(
       mean: of the pixels scaled to 0 … 1, one number or one for each channel; None leaves the inputs alone (codes).
       std: likewise.
       classes: number of classes.
+
+    Raises:
+      ConfigurationError: the network has more weights than MOST_WEIGHTS.
     """
     # Abstract: shapes only, nothing is computed. The graph definition is the same for every key.
     abstract = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graph, *_ = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+    if (
+        weights := sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(abstract, nnx.Param)))
+    ) > MOST_WEIGHTS:
+        raise ConfigurationError(
+            f"the model has {weights} weights ({weights / 2**28:.0f} GiB); at most {MOST_WEIGHTS} are possible. Take smaller "
+            "layers, smaller images or fewer classes."
+        )
 
     def init(key: Key[Array, ""]) -> Params:
         return _params(build(nnx.Rngs(params=key)))

@@ -4,6 +4,7 @@ Source: McMahan et al., "Communication-efficient learning of deep networks", AIS
 """
 
 import math
+import reprlib
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 from fedjax_qp.models.layers import Dense, Network
 from fedjax_qp.models.registry import models
 from fedjax_qp.registry import ConfigurationError
+
+MOST_UNITS, MOST_LAYERS = 1_000_000, 100
 
 
 class Perceptron(Network):
@@ -38,18 +41,23 @@ class Perceptron(Network):
 
 @models.register
 def mlp(
-    input_shape: tuple[int, int, int], classes: int, *, hidden: tuple[int, ...] = (200, 200)
+    input_shape: tuple[int, ...], classes: int, *, hidden: tuple[int, ...] = (200, 200)
 ) -> Callable[[nnx.Rngs], nnx.Module]:
     """Multilayer perceptron on the flattened image.
 
     Args:
-      input_shape: height, width, channels.
+      input_shape: height, width, channels; or any other.
       classes: number of classes.
       hidden: sizes of the hidden layers; () is logistic regression.
 
     Raises:
-      ConfigurationError: a layer has no units.
+      ConfigurationError: a layer has no units, or there are far too many.
     """
-    if any(size < 1 for size in hidden):
-        raise ConfigurationError(f"model 'mlp': hidden = {hidden}; every size must be at least 1. Leave the layer out.")
+    if len(hidden) > MOST_LAYERS:
+        raise ConfigurationError(f"model 'mlp': hidden has {len(hidden)} layers; at most {MOST_LAYERS} are possible.")
+    if not all(1 <= size <= MOST_UNITS for size in hidden):
+        raise ConfigurationError(
+            f"model 'mlp': hidden = {reprlib.repr(hidden)}; every size must be between 1 and {MOST_UNITS}. Leave a layer "
+            "without units out."
+        )
     return lambda rngs: Perceptron((math.prod(input_shape), *hidden, classes), rngs=rngs)

@@ -13,6 +13,8 @@ from fedjax_qp.models.layers import Dense, uniform_fan_in
 from fedjax_qp.models.registry import character_models
 from fedjax_qp.registry import ConfigurationError
 
+MOST_UNITS, MOST_LAYERS = 100_000, 100
+
 
 class LSTM(nnx.Module):
     """A layer of long short-term memory; gates in the order input, forget, cell, output.
@@ -116,7 +118,7 @@ class CharacterLSTM(nnx.Module):
 
 @character_models.register
 def char_lstm(
-    input_shape: tuple[int],
+    input_shape: tuple[int, ...],
     classes: int,
     *,
     embedding: int = 8,
@@ -141,11 +143,17 @@ def char_lstm(
         count the character after the window in both cases.
 
     Raises:
-      ConfigurationError: a size is below 1.
+      ConfigurationError: a size is out of range, or the inputs are no windows of text.
     """
-    for name, size in (("embedding", embedding), ("hidden", hidden), ("layers", layers)):
-        if size < 1:
-            raise ConfigurationError(f"model 'char_lstm': {name} = {size} must be at least 1.")
+    if len(input_shape) != 1 or input_shape[0] < 1:
+        raise ConfigurationError(
+            f"model 'char_lstm' takes windows of text of the shape (characters,), but an input here has the shape "
+            f"{input_shape}."
+        )
+    limits = (("embedding", embedding, MOST_UNITS), ("hidden", hidden, MOST_UNITS), ("layers", layers, MOST_LAYERS))
+    for name, size, most in limits:
+        if not 1 <= size <= most:
+            raise ConfigurationError(f"model 'char_lstm': {name} = {size} must be between 1 and {most}.")
     every = predict == "every"
     return lambda rngs: CharacterLSTM(
         classes, embedding=embedding, hidden=hidden, layers=layers, every=every, rngs=rngs

@@ -7,8 +7,8 @@ character_models = Registry("text model")  # networks that classify windows of c
 language_models = Registry("language model")
 
 
-def require_size(model: str, input_shape: tuple[int, int, int], smallest: int, remedy: str) -> None:
-    """Checks that images are large enough for a model.
+def require_size(model: str, input_shape: tuple[int, ...], smallest: int, remedy: str) -> None:
+    """Checks that inputs are images, and large enough for a model.
 
     Args:
       input_shape: height, width, channels.
@@ -16,8 +16,13 @@ def require_size(model: str, input_shape: tuple[int, int, int], smallest: int, r
       remedy: what to do otherwise.
 
     Raises:
-      ConfigurationError: the images are too small.
+      ConfigurationError: the inputs are no images, or too small.
     """
+    if len(input_shape) != 3:
+        raise ConfigurationError(
+            f"model {model!r} takes images of the shape (height, width, channels), but an input here has the shape "
+            f"{input_shape}; use the model 'mlp', which takes any shape, or give images."
+        )
     if min(input_shape[:2]) < smallest:
         raise ConfigurationError(
             f"model {model!r} needs images of at least {smallest}×{smallest}, but these are "

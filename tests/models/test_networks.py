@@ -1,5 +1,6 @@
 """The registered networks: sizes, shapes, initial weights, errors."""
 
+import math
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.federated import Batch
-from fedjax_qp.models import classifier, models
+from fedjax_qp.models import character_models, classifier, models
 from fedjax_qp.registry import ConfigurationError
 
 
@@ -135,6 +136,36 @@ def test_one_array_a_weight_and_a_bias_with_readable_names() -> None:
 def test_small_images_are_refused_with_a_remedy(name: str, shape: tuple[int, int, int], smallest: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"'{name}' needs images of at least {smallest}.*{shape[0]}×.*use"):
         models.build(name, shape, 10)
+
+
+@pytest.mark.parametrize("name", ["lenet", "resnet18", "vgg16", "femnist_cnn", "simple_cnn"])
+@pytest.mark.parametrize("shape", [(30,), (32, 32), (2, 32, 32, 3)])
+def test_inputs_that_are_no_images_are_refused_with_a_remedy(name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"\(height, width, channels\).*has the shape \(.*the model 'mlp'"
+    ) as error:
+        models.build(name, shape, 10)
+    assert str(shape) in str(error.value)
+    assert parameter_count("mlp", shape, hidden=()) == (math.prod(shape) + 1) * 10
+
+
+def test_windows_of_text_need_their_shape() -> None:
+    for shape in ((80, 1), (), (0,)):
+        with pytest.raises(ConfigurationError, match=r"\(characters,\), but"):
+            character_models.build("char_lstm", shape, 81)
+
+
+def test_absurd_sizes_are_refused_before_any_weight_is_made() -> None:
+    with pytest.raises(ConfigurationError, match=r"has 1000076000010 weights \(3726 GiB\); at most 2147483648"):
+        classifier(models.build("mlp", (8, 8, 1), 10, hidden=(10**6, 10**6)), classes=10)
+    for hidden in ((10**12,), (10**30,), (-1,)):
+        with pytest.raises(ConfigurationError, match=r"hidden = .*between 1 and 1000000"):
+            models["mlp"]((8, 8, 1), 10, hidden=hidden)
+    with pytest.raises(ConfigurationError, match="hidden has 1000000 layers"):
+        models["mlp"]((8, 8, 1), 10, hidden=(1,) * 10**6)
+    for name in ("embedding", "hidden", "layers"):
+        with pytest.raises(ConfigurationError, match=rf"{name} = 1000000 must be between 1 and 100"):
+            character_models["char_lstm"]((80,), 81, **{name: 10**6})
 
 
 def test_wrong_options_are_refused() -> None:
