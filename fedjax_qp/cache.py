@@ -20,7 +20,7 @@ _PROGRAMS = {
 def cache_folder() -> Path:
     """FEDJAX_QP_CACHE, or the platform's place for a user's caches (~/.cache/fedjax_qp on Linux)."""
     own = os.environ.get("FEDJAX_QP_CACHE")
-    return Path(own).expanduser() if own else platformdirs.user_cache_path("fedjax_qp", appauthor=False)
+    return Path(os.path.expanduser(own)) if own else platformdirs.user_cache_path("fedjax_qp", appauthor=False)
 
 
 def keep_programs() -> None:

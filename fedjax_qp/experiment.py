@@ -20,7 +20,7 @@ from jaxtyping import Float, PyTree
 from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Local, Part, to_dict
-from fedjax_qp.data import character_sources, check_partition, instruction_sources, partitions, sources
+from fedjax_qp.data import character_sources, check_dataset, check_partition, instruction_sources, partitions, sources
 from fedjax_qp.devices import check_devices, check_lanes, settle, share_out_cores
 from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState, Model, init_state, initial_key
@@ -211,6 +211,8 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
     dataset: Any = shared.task.dataset if shared is not None else None
     if dataset is None:
         dataset = kind[config.data.name](**config.data.options)
+        if kind is not instruction_sources:
+            check_dataset(dataset)
     numbers = generator(config.seed, Stream.PARTITION)
     parts = partitions[config.partition.name](dataset, numbers, **config.partition.options)
     check_partition(parts, dataset)

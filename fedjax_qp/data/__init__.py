@@ -6,7 +6,7 @@ from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.instructions import Instructions, Record, Records, instruction_sources
 from fedjax_qp.data.partition import check_partition, hold_out, partitions
 from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
-from fedjax_qp.data.sources import Dataset, sources
+from fedjax_qp.data.sources import Dataset, check_dataset, sources
 from fedjax_qp.data.statistics import PartitionSummary, label_counts, plot_partition, print_table, summary
 from fedjax_qp.data.templates import render, tokenise
 
@@ -20,6 +20,7 @@ __all__ = [
     "Records",
     "Sequences",
     "character_sources",
+    "check_dataset",
     "check_partition",
     "encode",
     "hold_out",

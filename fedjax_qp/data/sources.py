@@ -12,17 +12,18 @@ import io
 import json
 import os
 import re
-import struct
+import reprlib
 import tempfile
+import textwrap
 import warnings
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import psutil
 from jaxtyping import Int, UInt8
 from PIL import Image
 
@@ -36,8 +37,9 @@ sources = Registry("data source")
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # Part of every cache key: raise it when the content of the cached arrays changes.
 CACHE_FORMAT = 2
-# What numpy and zipfile raise for a file that is damaged or no .npz of plain arrays.
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error)
+MOST_CLASSES = 100_000  # of a set of labelled images; the largest have 20,000
+# Pixels are bytes. Images that use less than a quarter of their range are hardly what was meant.
+DARK = 64
 
 CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -72,13 +74,23 @@ def build_dataset(
       classes: number of classes; 0 counts the names, or takes the largest label + 1.
       names: one name a class, or ().
       client_ids: natural client of each training example, integers or strings [N], or None.
+
+    Raises:
+      ConfigurationError: the arrays are not such, or do not fit together.
     """
     examples = [_checked(name, *pair) for name, pair in (("train", train), ("test", test))]
     shape, test_shape = (part.inputs.shape[1:] for part in examples)
     _require(shape == test_shape, f"training images {shape} and test images {test_shape} must have the same shape.")
-    largest = max(int(part.labels.max()) for part in examples)
+    found = np.unique(np.concatenate([part.labels for part in examples]))
+    largest = int(found[-1])
+    _require(
+        classes > 0 or len(names) > 0 or largest < max(100, 10 * len(found)),
+        f"the largest label is {largest}, but only {len(found)} different labels occur. Number the classes from 0 without "
+        "gaps, or name every class (class_names).",
+    )
+    known = f"{len(names)} classes (as many as class_names has)" if names and not classes else f"{classes} classes"
     classes = classes or len(names) or largest + 1
-    _require(largest < classes, f"a label is {largest}; with {classes} classes labels are 0 … {classes - 1}.")
+    _require(largest < classes, f"a label is {largest}; with {known} labels are 0 … {classes - 1}.")
     _require(len(names) in (0, classes), f"{len(names)} class names for {classes} classes; name all or none.")
     if client_ids is not None:
         kind, expected = client_ids.dtype.kind, examples[0].labels.shape
@@ -86,9 +98,44 @@ def build_dataset(
             client_ids.shape == expected and kind in "iuUS",
             f"client_ids is {client_ids.dtype} {client_ids.shape}; it must be integers or strings of shape {expected}.",
         )
-        client_ids = np.unique(client_ids, return_inverse=True)[1] if kind in "US" else client_ids.astype(np.int64)
+        client_ids = np.unique(client_ids, return_inverse=True)[1] if kind in "US" else client_ids
     half = (0.5,) * shape[-1]
-    return Dataset(*examples, classes=classes, class_names=names, client_ids=client_ids, mean=half, std=half)
+    notes = (*_notes_on_pixels(*examples), *_notes_on_classes(*examples, classes))
+    return Dataset(
+        *examples, classes=classes, class_names=names, client_ids=client_ids, mean=half, std=half, notes=notes
+    )
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Checks what a source returned, whoever wrote it: on the device an index that leads nowhere is clamped in silence.
+
+    Raises:
+      ConfigurationError: labels or codes have no class, examples are missing or not finite, or clients unknown.
+    """
+    for name, part in (("train", dataset.train), ("test", dataset.test)):
+        inputs, labels = (np.asarray(array) for array in part)
+        _require(
+            labels.ndim == 1 and 0 < len(labels) == len(inputs),
+            f"the data source returned {len(inputs)} {name} inputs with labels {labels.shape}; every input needs one label, "
+            "and at least one input is needed.",
+        )
+        _check_codes(f"{name} labels", labels, dataset.classes)
+        if inputs.dtype.kind == "f":
+            _require(np.isfinite(inputs).all(), f"the data source returned {name} inputs that are NaN or infinite.")
+        elif dataset.mean is None:
+            _check_codes(f"{name} inputs", inputs, dataset.classes)
+    ids, expected = dataset.client_ids, np.shape(dataset.train.labels)
+    _require(
+        ids is None or np.shape(ids) == expected,
+        f"the data source returned client_ids {np.shape(ids)}; their shape must be {expected}, that of the training labels.",
+    )
+
+
+def _check_codes(name: str, codes: np.ndarray, classes: int) -> None:
+    allowed = f"with {classes} classes they must be integers from 0 to {classes - 1}."
+    _require(codes.dtype.kind in "iu", f"the data source returned {name} {codes.dtype}; {allowed}")
+    least, largest = int(codes.min()), int(codes.max())
+    _require(least >= 0 and largest < classes, f"the data source returned {name} from {least} to {largest}; {allowed}")
 
 
 def _checked(name: str, inputs: np.ndarray, labels: np.ndarray) -> Examples:
@@ -102,9 +149,42 @@ def _checked(name: str, inputs: np.ndarray, labels: np.ndarray) -> Examples:
         f"{name} labels are {labels.dtype} {labels.shape} for {len(inputs)} images; they must be integers, one an "
         "image, and at least one.",
     )
-    _require(labels.min() >= 0, f"{name} has the label {labels.min()}; labels count from 0 (-1 is unlabelled data).")
+    _require(0 not in inputs.shape, f"{name} images are {inputs.shape}; height, width and channels must be at least 1.")
+    for label in (int(labels.min()), int(labels.max())):
+        _require(
+            0 <= label < MOST_CLASSES,
+            f"{name} has the label {label}; labels count from 0 (-1 is unlabelled data) and are below {MOST_CLASSES}.",
+        )
+    _require(
+        (inputs.min(), inputs.max()) != (0, 1),
+        f"{name} images have the pixels 0 and 1 only; they must be bytes, 0 … 255: multiply them by 255.",
+    )
     inputs = inputs if inputs.ndim == 4 else inputs[..., None]
     return Examples(np.ascontiguousarray(inputs), labels.astype(np.int32))
+
+
+def _notes_on_pixels(train: Examples, test: Examples) -> Iterator[str]:
+    for name, part in (("training", train), ("test", test)):
+        least, largest = int(part.inputs.min()), int(part.inputs.max())
+        if least == largest:
+            yield f"every pixel of the {name} images is {least}: there is nothing to tell them apart by"
+        elif largest < DARK:
+            yield f"the largest pixel of the {name} images is {largest}: pixels are bytes, 0 … 255; is the scale right?"
+
+
+def _notes_on_classes(train: Examples, test: Examples, classes: int) -> Iterator[str]:
+    trained, tested = (np.bincount(part.labels, minlength=classes) for part in (train, test))
+    absent = np.flatnonzero(trained == 0)
+    if len(absent):
+        few = f"{', '.join(map(str, absent[:5]))}{', …' if len(absent) > 5 else ''}"
+        hint = "; labels count from 0" if absent.tolist() == [0] else ""
+        yield f"{len(absent)} of {classes} classes have no training examples: {few}{hint}"
+    if len(absent) >= classes - 1:
+        yield f"all training examples are of one class, {trained.argmax()}"
+    if unknown := int(tested[absent].sum()):
+        yield f"{unknown} of {len(test.labels)} test examples are of classes without training examples: nothing teaches them"
+    if untested := int((tested == 0).sum() - (tested[absent] == 0).sum()):
+        yield f"{untested} of {classes} classes are trained but have no test examples: no test shows what is learnt of them"
 
 
 def _require(condition: bool | np.bool_, message: str) -> None:
@@ -152,7 +232,7 @@ def fashion_mnist(*, folder: str | None = None) -> Dataset:
       folder: a folder with the four idx files (plain or .gz), or one that tensorflow-datasets prepared. None looks for
         the Debian package dataset-fashion-mnist, then for prepared data. The two orders of training examples differ.
     """
-    idx_folder = FASHION_MNIST_FOLDER if folder is None else Path(folder).expanduser()
+    idx_folder = FASHION_MNIST_FOLDER if folder is None else Path(os.path.expanduser(folder))
     if any(idx_folder.glob("*-ubyte*")):
         files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
         images, labels, *test = [read_idx(idx_folder / f"{file}-ubyte") for file in files]
@@ -215,20 +295,32 @@ def arrays(*, path: str) -> Dataset:
       path: file with `train_inputs` (uint8 [N, H, W] or [N, H, W, C]), `train_labels` (integers [N]), `test_inputs`,
         `test_labels`, and optionally `client_ids` (integers or strings [N]) and `class_names` (strings [classes]).
     """
-    file = Path(path).expanduser()
+    file = Path(os.path.expanduser(path))
     try:
         content = _read_npz(file)
-    except UNREADABLE as error:
+    except Exception as error:  # numpy and zipfile raise whatever their parsers meet
         raise ConfigurationError(
-            f"data source 'arrays': {file} cannot be read ({error}). It must be a .npz of plain arrays, written with "
-            "numpy.savez; object arrays are refused because they would have to be unpickled."
+            f"data source 'arrays': {file} cannot be read ({_brief(error)}). It must be a .npz of plain arrays, written "
+            "with numpy.savez; object arrays are refused because they would have to be unpickled."
         ) from None
     pairs = [(f"{part}_inputs", f"{part}_labels") for part in ("train", "test")]
     missing = ", ".join(key for pair in pairs for key in pair if key not in content)
-    _require(not missing, f"data source 'arrays': {file} lacks {missing}; it holds {', '.join(content) or 'nothing'}.")
+    held = textwrap.shorten(", ".join(content) or "nothing", 200, placeholder=" …")
+    _require(not missing, f"data source 'arrays': {file} lacks {missing}; it holds {held}.")
     train, test = ((content[inputs], content[labels]) for inputs, labels in pairs)
-    names = tuple(str(name) for name in content.get("class_names", ()))
+    names = _class_names(content["class_names"]) if "class_names" in content else ()
     return build_dataset(train, test, names=names, client_ids=content.get("client_ids"))
+
+
+def _class_names(names: np.ndarray) -> tuple[str, ...]:
+    _require(
+        names.dtype.kind == "U" and names.ndim == 1 and len(names) > 0,
+        f"class_names is {names.dtype} {names.shape}; it must be strings, one a class.",
+    )
+    different, uses = np.unique(names, return_counts=True)
+    twice = different[uses.argmax()]
+    _require(uses.max() == 1, f"class_names has {reprlib.repr(str(twice))} {uses.max()} times; names must differ.")
+    return tuple(names.tolist())
 
 
 def _position_in_class(labels: Int[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
@@ -263,8 +355,10 @@ def read_idx(file: Path) -> UInt8[np.ndarray, "..."]:
             raise ValueError("it does not start as an idx file of bytes")
         begin = 4 + 4 * content[3]
         return np.frombuffer(content, np.uint8, offset=begin).reshape(np.frombuffer(content[4:begin], ">u4").tolist())
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise ConfigurationError(f"{file} cannot be read as an idx file: {error}. All four files are needed.") from None
+    except (OSError, EOFError, ValueError, IndexError, MemoryError, zlib.error) as error:
+        raise ConfigurationError(
+            f"{file} cannot be read as an idx file ({_brief(error)}). All four files are needed."
+        ) from None
 
 
 def _prepared(
@@ -273,7 +367,12 @@ def _prepared(
     """Reads a set that tensorflow-datasets prepared, without TensorFlow; from the second time on out of the cache."""
     directory = _prepared_folder(name, folder)
     # Sizes and times stand for the content: hashing hundreds of megabytes would cost more than it saves.
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(directory.iterdir())]
+    try:
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(directory.iterdir())]
+    except OSError as error:
+        raise ConfigurationError(
+            f"a file of the prepared data in {directory} cannot be read ({_brief(error)}): prepare it again."
+        ) from None
     fingerprint = json.dumps([name, directory.name, files, splits, label])
     content = cached(re.sub(r"\W", "_", name), fingerprint, lambda: _decoded(directory, splits, label))
     *train, test_inputs, test_labels, own_names = content.values()
@@ -282,7 +381,7 @@ def _prepared(
 
 def _prepared_folder(name: str, folder: str | None) -> Path:
     """Returns the newest prepared version of `name`, `name/config` or `name/config:version`."""
-    root = Path(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    root = Path(os.path.expanduser(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     base, _, version = name.partition(":")
     prepared = [file.parent for depth in (2, 3) for file in root.glob("*/" * depth + "dataset_info.json")]
     if found := [path for path in prepared if path.parent == root / base and version in ("", path.name)]:
@@ -298,21 +397,39 @@ def _decoded(directory: Path, splits: tuple, label: str | None) -> dict[str, np.
     tfds = _import("tensorflow_datasets", "tensorflow-datasets array-record importlib_resources")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside tensorflow-datasets' own lazy imports
-        builder = tfds.builder_from_directory(str(directory))
-        info, content = builder.info, {}
-        image, label = _image_and_label(tfds, info, label)
-        depth = np.dtype(info.features[image].np_dtype)
-        _require(depth == np.uint8, f"{info.name} has {depth} images; only uint8 can be read.")
-        for part, split in zip(("train", "test"), splits, strict=True):
-            try:
-                source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
-            except (ValueError, KeyError, NotImplementedError) as error:
-                raise ConfigurationError(
-                    f"split {split!r} of {directory} cannot be read: {error} It has {', '.join(info.splits)} "
-                    f"in the format {info.file_format.value}; array_record is needed (`tfds convert_format`)."
-                ) from None
-            decoded = _decode_split(source, image, label, info.features[image].shape[-1])
-            content[f"{part}_inputs"], content[f"{part}_labels"] = decoded
+        try:
+            return _read_splits(tfds, directory, splits, label)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # of protocol buffers, records and images, each in its own way
+            raise ConfigurationError(
+                f"the prepared data in {directory} cannot be read ({_brief(error)}): is it whole? Otherwise prepare it again."
+            ) from None
+
+
+def _read_splits(tfds: ModuleType, directory: Path, splits: tuple, label: str | None) -> dict[str, np.ndarray]:
+    builder = tfds.builder_from_directory(str(directory))
+    info, content = builder.info, {}
+    image, label = _image_and_label(tfds, info, label)
+    depth, classes = np.dtype(info.features[image].np_dtype), info.features[label].num_classes
+    _require(depth == np.uint8, f"{info.name} has {depth} images; only uint8 can be read.")
+    _require(
+        classes is not None and 1 <= classes <= MOST_CLASSES,
+        f"{info.name} states {classes} classes for {label!r}; there must be 1 to {MOST_CLASSES}.",
+    )
+    for part, split in zip(("train", "test"), splits, strict=True):
+        try:
+            source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+        except (ValueError, KeyError, NotImplementedError) as error:
+            raise ConfigurationError(
+                f"split {split!r} of {directory} cannot be read: {_brief(error)} It has {', '.join(info.splits)} "
+                f"in the format {info.file_format.value}; array_record is needed (`tfds convert_format`)."
+            ) from None
+        _require(
+            len(source) > 0, f"split {split!r} of {directory} holds no examples; choose another as the option {part}."
+        )
+        decoded = _decode_split(source, image, label, info.features[image].shape[-1])
+        content[f"{part}_inputs"], content[f"{part}_labels"] = decoded
     return {**content, "names": np.array(info.features[label].names)}
 
 
@@ -339,7 +456,9 @@ def _decode_split(source: Any, image: str, label: str, channels: int) -> tuple[n
 
     Threads make it slower: decoding small images is bound by Python, not by the decompression.
     """
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    modes = {1: "L", 3: "RGB", 4: "RGBA"}
+    _require(channels in modes, f"the images have {channels} channels; 1, 3 or 4 can be read.")
+    mode = modes[channels]
     images, labels, identifiers = [], [], []
     for begin in range(0, len(source), 1000):
         for example in source.__getitems__(list(range(begin, min(begin + 1000, len(source))))):
@@ -350,7 +469,7 @@ def _decode_split(source: Any, image: str, label: str, channels: int) -> tuple[n
     _require(len(shapes) == 1, f"images must have one shape, not {sorted(shapes)[:3]}; resize them before.")
     order = _original_order(identifiers)
     pixels = np.stack(images)[order]
-    return pixels.reshape(*pixels.shape[:3], channels), np.asarray(labels, np.int32)[order]
+    return pixels.reshape(*pixels.shape[:3], channels), np.asarray(labels)[order]
 
 
 def _original_order(identifiers: list) -> Int[np.ndarray, "N"]:
@@ -366,12 +485,13 @@ def cached(name: str, fingerprint: str, read: Callable[[], dict[str, np.ndarray]
     """Returns `read()`, kept as a file in the cache folder under name and fingerprint."""
     folder = cache_folder()
     file = folder / f"{name}-{hashlib.sha256(f'{CACHE_FORMAT} {name} {fingerprint}'.encode()).hexdigest()[:16]}.npz"
-    if file.exists():
-        try:
-            stored = _read_npz(file)
-            return {key: stored[key] for key in stored["keys"].tolist()}  # damage can make a zip lose members
-        except UNREADABLE as error:
-            warnings.warn(f"the cache file {file} is damaged ({error}); it is built again.", stacklevel=2)
+    try:
+        stored = _read_npz(file)
+        return {key: stored[key] for key in stored["keys"].tolist()}  # damage can make a zip lose members
+    except OSError:
+        pass  # not there yet; where the folder itself is at fault, writing to it says so
+    except Exception as error:  # numpy and zipfile raise whatever their parsers meet
+        warnings.warn(f"the cache file {file} is damaged ({_brief(error)}); it is built again.", stacklevel=2)
     content = read()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -379,16 +499,31 @@ def cached(name: str, fingerprint: str, read: Callable[[], dict[str, np.ndarray]
             np.savez(f"{unfinished}/{file.name}", keys=np.array(list(content)), **content)  # type: ignore[arg-type]
             os.replace(f"{unfinished}/{file.name}", file)  # readers see the old file or the whole new one
     except OSError as error:
-        warnings.warn(f"{name} is not cached in {folder} ({error}); set FEDJAX_QP_CACHE.", stacklevel=2)
+        warnings.warn(f"{name} is not cached in {folder} ({_brief(error)}); set FEDJAX_QP_CACHE.", stacklevel=2)
     return content
 
 
 def _read_npz(file: Path) -> dict[str, np.ndarray]:
-    with file.open("rb") as stream:  # numpy would leave a damaged file open
-        content = np.load(stream, allow_pickle=False)
-        if isinstance(content, np.ndarray):
+    with file.open("rb") as stream, warnings.catch_warnings():  # numpy would leave a damaged file open
+        warnings.simplefilter("ignore")  # of numpy, about old headers
+        opened = np.load(stream, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
             raise ValueError("it holds a single array without a name")
-        return {key: content[key] for key in content}
+        size, free = sum(item.file_size for item in opened.zip.infolist()), psutil.virtual_memory().available
+        if size > free:
+            raise ValueError(f"it holds {size / 2**30:.1f} GiB, but only {free / 2**30:.1f} GiB of memory are free")
+        if len(set(opened.files)) < len(opened.files):  # the last would win
+            raise ValueError("it holds two arrays of one name")
+        content = {key: opened[key] for key in opened.files}
+        for key, value in content.items():
+            if not isinstance(value, np.ndarray):
+                raise ValueError(f"{key} is not an array")
+        return content
+
+
+def _brief(error: Exception) -> str:
+    """What a library says, in one line."""
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" …")
 
 
 def _import(module: str, packages: str) -> ModuleType:

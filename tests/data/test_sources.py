@@ -5,11 +5,13 @@ import importlib
 import struct
 import sys
 import warnings
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fedjax_qp.data import sources
+from fedjax_qp.data import Dataset, Examples, check_dataset, partitions, sources
 from fedjax_qp.registry import ConfigurationError
 
 # The package's attribute `sources` is the registry, hence the lookup by name.
@@ -170,7 +172,33 @@ def test_arrays_without_extras(tmp_path):
         ({"train_labels": np.array([0, 1, 2, 0, 1, -1])}, "train has the label -1"),
         ({"train_inputs": np.zeros((0, 4, 4, 3), np.uint8), "train_labels": np.zeros(0, int)}, "at least one"),
         ({"test_inputs": np.zeros((3, 5, 5, 3), np.uint8)}, "must have the same shape"),
-        ({"class_names": np.array(["cat", "dog"])}, "a label is 2; with 2 classes"),
+        ({"class_names": np.array(["cat", "dog"])}, r"a label is 2; with 2 classes \(as many as class_names has\)"),
+        ({"class_names": np.array("cat")}, r"class_names is <U3 \(\); it must be strings"),
+        ({"class_names": np.array([["a", "b", "c"]])}, r"class_names is <U1 \(1, 3\)"),
+        ({"class_names": np.arange(3.0)}, r"class_names is float64 \(3,\)"),
+        ({"class_names": np.array([b"a", b"b", b"c"])}, r"class_names is \|S1"),
+        ({"class_names": np.array([], str)}, r"class_names is <U1 \(0,\)"),
+        ({"class_names": np.array(["a", "b", "a", "c"])}, "class_names has 'a' 2 times"),
+        ({"train_labels": 2**32 + np.arange(6) % 3}, "train has the label 4294967296"),
+        ({"train_labels": np.array([2**31, 1, 2, 0, 1, 2])}, "train has the label 2147483648"),
+        ({"train_labels": np.array([2**63, 1, 0, 2, 1, 0], np.uint64)}, "train has the label 9223372036854775808"),
+        ({"train_labels": np.array([2**64 - 1, 1, 0, 2, 1, 0], np.uint64)}, "train has the label 18446744073709551615"),
+        ({"test_labels": np.array([0, 10**9, 0])}, "test has the label 1000000000; .* below 100000"),
+        ({"test_labels": np.array([0, 999, 0])}, "the largest label is 999, but only 4 different labels occur"),
+        ({"train_labels": np.eye(3, dtype=int)[[0, 1, 2, 0, 1, 2]]}, r"train labels are int64 \(6, 3\)"),
+        ({"train_labels": np.arange(6)[:, None] % 3}, r"train labels are int64 \(6, 1\)"),
+        ({"train_labels": np.arange(6) % 2 == 0}, "train labels are bool"),
+        ({"train_labels": np.array(3)}, r"train labels are int64 \(\)"),
+        ({"test_labels": np.array([0.0, np.nan, 1])}, "test labels are float64"),
+        ({"train_inputs": np.full((6, 4, 4, 3), np.nan)}, "train images are float64"),
+        ({"train_inputs": np.zeros((6, 0, 4, 3), np.uint8)}, r"train images are \(6, 0, 4, 3\); height"),
+        ({"train_inputs": np.zeros((6, 4, 4, 0), np.uint8)}, r"train images are \(6, 4, 4, 0\); height"),
+        ({"train_inputs": np.arange(288).reshape(6, 4, 4, 3).astype(np.uint8) % 2}, "train .* 0 and 1 only.*by 255"),
+        ({"test_inputs": np.arange(144).reshape(3, 4, 4, 3).astype(np.uint8) % 2}, "test .* 0 and 1 only"),
+        ({"test_inputs": np.zeros((0, 4, 4, 3), np.uint8), "test_labels": np.zeros(0, int)}, "test .* at least one"),
+        ({"client_ids": np.array([0, 1, np.nan] * 2)}, "client_ids is float64"),
+        ({"client_ids": np.zeros((6, 1), int)}, r"client_ids is int64 \(6, 1\)"),
+        ({"client_ids": np.array("eve")}, r"client_ids is <U3 \(\)"),
         ({"client_ids": np.zeros(5, int)}, r"client_ids is int64 \(5,\); .* of shape \(6,\)"),
         ({"client_ids": np.zeros(6)}, "client_ids is float64"),
         ({"train_labels": np.array([None] * 6)}, "object arrays are refused"),
@@ -182,12 +210,131 @@ def test_arrays_that_do_not_fit(tmp_path, changes, message):
         sources.build("arrays", path=str(tmp_path / "mine.npz"))
 
 
+def test_client_ids_keep_their_values(tmp_path):
+    ids = np.array([2**64 - 1, 0, 2**63, 2**63, 0, 5], np.uint64)
+    np.savez(tmp_path / "mine.npz", **content(client_ids=ids))
+    dataset = sources.build("arrays", path=str(tmp_path / "mine.npz"))
+    parts = partitions.build("natural", dataset, np.random.default_rng(0))
+    assert [part.tolist() for part in parts] == [[1, 4], [5], [2, 3], [0]]  # in the order of the ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "notes"),
+    [
+        ({}, ()),
+        (
+            {"train_labels": np.array([1, 2, 3] * 2), "test_labels": np.array([1, 2, 3])},
+            ("1 of 4 classes have no training examples: 0; labels count from 0",),
+        ),
+        (
+            {"test_labels": np.array([0, 2, 9])},
+            (
+                "7 of 10 classes have no training examples: 3, 4, 5, 6, 7, …",
+                "1 of 3 test examples are of classes without training examples: nothing teaches them",
+                "1 of 10 classes are trained but have no test examples: no test shows what is learnt of them",
+            ),
+        ),
+        (
+            {"train_labels": np.zeros(6, int), "test_labels": np.zeros(3, int)},
+            ("all training examples are of one class, 0",),
+        ),
+        (
+            {"train_inputs": np.full((6, 4, 4, 3), 7, np.uint8)},
+            ("every pixel of the training images is 7: there is nothing to tell them apart by",),
+        ),
+        (
+            {"test_inputs": np.arange(144).reshape(3, 4, 4, 3).astype(np.uint8) % 17},
+            ("the largest pixel of the test images is 16: pixels are bytes, 0 … 255; is the scale right?",),
+        ),
+        (
+            {"class_names": np.array(["cat", "dog", "fish", "none"])},
+            ("1 of 4 classes have no training examples: 3",),
+        ),
+    ],
+)
+def test_what_can_hardly_be_meant_is_said(tmp_path, changes, notes):
+    np.savez(tmp_path / "mine.npz", **content(**changes))
+    assert sources.build("arrays", path=str(tmp_path / "mine.npz")).notes == notes
+
+
+def npy(header):
+    """A .npy file of a given header, without its data."""
+    text = repr(header).encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+def members(path, *pairs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of zipfile, about equal names
+        with zipfile.ZipFile(path, "w") as file:
+            for name, data in pairs:
+                file.writestr(name, data)
+
+
 def test_arrays_of_the_wrong_kind(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "folder.npz").mkdir()
     np.save(tmp_path / "one.npy", np.zeros(3))
-    for name in ("text.npz", "one.npy", "nowhere.npz"):
-        with pytest.raises(ConfigurationError, match="cannot be read"):
-            sources.build("arrays", path=str(tmp_path / name))
+    huge = {"descr": "|u1", "fortran_order": False, "shape": (10**13, 8, 8)}
+    members(tmp_path / "huge.npz", ("train_inputs.npy", npy(huge)))
+    members(tmp_path / "negative.npz", ("train_inputs.npy", npy(huge | {"shape": (-1, 8, 8)})))
+    members(tmp_path / "header.npz", ("train_inputs.npy", npy("{" * 500)))
+    members(tmp_path / "other.npz", ("train_inputs", b"bytes"), ("word/document.xml", b"<xml>"))
+    members(tmp_path / "twice.npz", ("train_labels.npy", npy(huge)), ("train_labels.npy", npy(huge)))
+    names = ("text", "empty", "folder", "huge", "negative", "header", "other", "twice", "nowhere", "a" * 300)
+    for name in ("one.npy", "~nobody/mine.npz", "", *(f"{name}.npz" for name in names)):
+        path = name if name.startswith("~") else str(tmp_path / name)
+        with pytest.raises(ConfigurationError, match="cannot be read") as error:
+            sources.build("arrays", path=path)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 800
+
+
+def test_an_archive_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
+    np.savez(tmp_path / "mine.npz", **content())
+    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**8))
+    with pytest.raises(ConfigurationError, match="holds 0.0 GiB, but only 0.0 GiB of memory are free"):
+        sources.build("arrays", path=str(tmp_path / "mine.npz"))
+
+
+# ---- what any source returns ----------------------------------------------------------------------------------------
+
+
+def labelled(inputs, labels, **changes):
+    part = Examples(np.asarray(inputs), np.asarray(labels))
+    return Dataset(part, part, 3)._replace(**changes)
+
+
+IMAGES, ROWS, TEXT = np.zeros((4, 2, 2, 1), np.uint8), np.zeros((4, 5)), np.array([[0, 2], [1, 1]] * 2, np.uint8)
+
+
+def test_what_fits_is_accepted():
+    for dataset in (
+        labelled(IMAGES, [0, 1, 2, 0]),
+        labelled(ROWS, [0, 1, 2, 0]),
+        labelled(TEXT, [0, 1, 2, 0], mean=None, std=None, client_ids=np.arange(4)),
+    ):
+        check_dataset(dataset)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (labelled(IMAGES, [0, 1, 2, 3]), r"train labels from 0 to 3; with 3 classes they must be integers from 0 to 2"),
+        (labelled(IMAGES, [0, 1, -1, 2]), "train labels from -1 to 2"),
+        (labelled(IMAGES, [0, 1.0, 2, 0]), "train labels float64"),
+        (labelled(IMAGES, list("abca")), "train labels <U1"),
+        (labelled(IMAGES, [0, 1, 2]), r"returned 4 train inputs with labels \(3,\)"),
+        (labelled(IMAGES[:0], np.zeros(0, int)), r"returned 0 train inputs"),
+        (labelled(IMAGES, [0, 1, 2, 0], test=Examples(IMAGES, np.array([0, 1, 2, 7]))), "test labels from 0 to 7"),
+        (labelled(ROWS * np.nan, [0, 1, 2, 0]), "train inputs that are NaN or infinite"),
+        (labelled(TEXT + 1, [0, 1, 2, 0], mean=None, std=None), "train inputs from 1 to 3; with 3 classes"),
+        (labelled(IMAGES, [0, 1, 2, 0], client_ids=np.arange(5)), r"client_ids \(5,\); their shape must be \(4,\)"),
+    ],
+)
+def test_a_source_of_ones_own_is_checked(dataset, message):
+    with pytest.raises(ConfigurationError, match=message):
+        check_dataset(dataset)
 
 
 # ---- cache ----------------------------------------------------------------------------------------------------------
@@ -235,9 +382,10 @@ def test_every_damage_to_a_cache_file_is_repaired_or_harmless(cache_folder):
     assert rebuilt > 200  # the rest hit bytes without meaning, such as time stamps
 
 
-def test_a_cache_that_cannot_be_written_only_warns(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["file", "file/inside", "a" * 300])
+def test_a_cache_that_cannot_be_written_only_warns(tmp_path, monkeypatch, name):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FEDJAX_QP_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv("FEDJAX_QP_CACHE", str(tmp_path / name))
     with pytest.warns(UserWarning, match="is not cached in .* set FEDJAX_QP_CACHE"):
         assert module.cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
 
@@ -246,6 +394,14 @@ def test_the_cache_refuses_pickles(cache_folder):
     module.cached("set", "", lambda: {"a": np.arange(2)})
     (file,) = cache_folder.iterdir()
     np.savez(file, a=np.array([{"pickled": True}]))
+    with pytest.warns(UserWarning, match="damaged"):
+        assert module.cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+
+
+def test_a_header_of_an_absurd_size_in_the_cache(cache_folder):
+    module.cached("set", "", lambda: {"a": np.arange(2)})
+    (file,) = cache_folder.iterdir()
+    members(file, ("a.npy", npy({"descr": "|u1", "fortran_order": False, "shape": (10**13, 8)})))
     with pytest.warns(UserWarning, match="damaged"):
         assert module.cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
 
