@@ -4,7 +4,9 @@ A partition is a function `(dataset, rng, *, options)` that returns one sorted i
 examples for each client. They are disjoint, none is empty, and unless an entry says otherwise they cover the data.
 """
 
-import json
+import os
+import reprlib
+import time
 from pathlib import Path
 from typing import Annotated, Protocol
 
@@ -13,8 +15,14 @@ from jaxtyping import Array, Float, Int, Int32
 from pydantic import Field
 
 from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.strict import load_json, read_text
 
 partitions = Registry("partition")
+
+# When to give up drawing: after so many seconds, or where the first draws all leave so many clients with too little that
+# none with enough for all is to be expected (were the clients independent, one draw in e^30 at most).
+PATIENCE = 15.0
+FIRST_DRAWS, HOPELESS = 20, 30
 
 
 class Labels(Protocol):
@@ -69,14 +77,17 @@ def dirichlet(
       clients: K.
       beta: concentration, above 0; 0.1 is very uneven, 100 nearly IID.
       minimum: examples that every client must have.
-      attempts: draws before giving up.
+      attempts: draws before giving up; there are fewer where they take more than 15 seconds, or where the first 20 show
+        that all will fail.
 
     Raises:
       ConfigurationError: no draw satisfied `minimum`, or an option is out of range.
     """
     labels = np.asarray(dataset.train.labels)
     _check_clients(clients, len(labels))
-    _require(np.isfinite(beta) and beta > 0, f"beta = {beta} must be a finite number above 0, such as 0.1 or 0.5.")
+    _require(
+        0 < beta <= 1e300, f"beta = {beta} must be a finite number above 0 (and at most 1e300), such as 0.1 or 0.5."
+    )
     _require(attempts >= 1, f"attempts = {attempts} must be at least 1.")
     _require(
         1 <= minimum <= len(labels) // clients,
@@ -84,16 +95,17 @@ def dirichlet(
         f"{len(labels)} examples. Lower it, or take fewer clients.",
     )
     sizes = np.bincount(labels, minlength=dataset.classes)
-    best = 0
-    for _ in range(attempts):
+    fewest, tried, end = clients, 0, time.monotonic() + PATIENCE
+    while tried < attempts and time.monotonic() < end and not (tried == FIRST_DRAWS and fewest >= HOPELESS):
         counts = _draw_counts(sizes, rng, clients, beta)
-        best = max(best, int(counts.sum(axis=0).min()))
-        if best >= minimum:
+        lacking = int((counts.sum(axis=0) < minimum).sum())
+        if not lacking:
             return check_partition(_deal(labels, counts, rng), dataset, complete=True)
+        fewest, tried = min(fewest, lacking), tried + 1
     raise ConfigurationError(
-        f"partition 'dirichlet': in {attempts} draws of beta = {beta} over {clients} clients and {len(labels)} "
-        f"examples, the smallest client had {best} examples at most, but minimum = {minimum}. Lower minimum or "
-        "clients, or raise beta or attempts."
+        f"partition 'dirichlet': {attempts} draws of beta = {beta} over {clients} clients and {len(labels)} examples do not "
+        f"suffice: in each of the {tried} that were made, at least {fewest} of the clients had fewer examples than "
+        f"minimum = {minimum}. Lower minimum or clients, or raise beta."
     )
 
 
@@ -104,14 +116,14 @@ def _draw_counts(
     shares: Float[np.ndarray, "C K"] = rng.dirichlet(np.full(clients, beta), size=len(sizes))
     counts = np.zeros(shares.shape, np.int64)
     held = np.zeros(clients, np.int64)
-    for label, size in enumerate(sizes):
+    for label in np.flatnonzero(sizes):
         share = np.where(held < sizes.sum() / clients, shares[label], 0.0)
         # Where all the share fell on clients that are full, nobody is left to take the class: such a draw is void.
         cumulative = np.cumsum(share)
-        if cumulative[-1] <= 0:
+        if not cumulative[-1] > 0:
             return np.zeros_like(counts)
-        cuts = (cumulative[:-1] / cumulative[-1] * size).astype(np.int64)
-        counts[label] = np.diff(cuts, prepend=0, append=size)
+        cuts = (cumulative[:-1] / cumulative[-1] * sizes[label]).astype(np.int64)
+        counts[label] = np.diff(cuts, prepend=0, append=sizes[label])
         held += counts[label]
     return counts
 
@@ -178,11 +190,11 @@ def categories(
         f"categories_per_client = {categories_per_client} must be between 1 and {len(present)}, the number of "
         "categories that have training examples.",
     )
-    held = np.zeros((clients, len(present)), bool)
+    held, owned = np.zeros((clients, len(present)), bool), np.zeros(len(present), np.int64)
     for client in held:
         # The least owned first, ties at random: no category is ever two owners ahead of another.
-        order = np.lexsort((rng.random(len(present)), held.sum(axis=0)))
-        client[order[:categories_per_client]] = True
+        client[np.lexsort((rng.random(len(present)), owned))[:categories_per_client]] = True
+        owned += client
     owner = np.full(len(labels), -1)
     for category, size, column in zip(present, sizes, held.T, strict=True):
         owners = rng.permutation(np.flatnonzero(column))
@@ -194,7 +206,7 @@ def categories(
         if len(owners):
             members = rng.permutation(np.flatnonzero(labels == category))
             owner[members] = owners[np.arange(size) % len(owners)]
-    parts = [np.flatnonzero(owner == client) for client in range(clients)]
+    parts = _group(owner + 1, clients + 1)[1:]  # the first group, of -1, has no owner
     return check_partition(parts, dataset, complete=bool(held.any(axis=0).all()))
 
 
@@ -236,30 +248,32 @@ def json_file(
       path: the JSON file.
       complete: whether the split must use every training example.
     """
-    file = Path(path).expanduser()
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"partition 'json_file': {file} cannot be read as JSON: {error}") from None
+    file = Path(os.path.expanduser(path))
+    content = load_json(read_text(file), f"partition 'json_file': {file}")
     lists = content.get("train_data") if isinstance(content, dict) else None
     if not isinstance(lists, dict) or not lists or not all(key.isdecimal() for key in lists):
         raise ConfigurationError(f"{file} needs an entry `train_data` that maps client numbers to lists of indices.")
     stated = content.get("num_users", len(lists))
-    if stated != len(lists) or sorted(map(int, lists)) != list(range(len(lists))):
+    numbers = [str(number) for number in range(len(lists))]
+    if type(stated) is not int or stated != len(lists) or lists.keys() != set(numbers):
         raise ConfigurationError(
-            f"{file} states {stated} clients but lists {len(lists)}; clients must be numbered from 0 without a gap."
+            f"{file} states {reprlib.repr(stated)} clients but lists {len(lists)}; clients must be numbered from 0 without a "
+            "gap."
         )
-    parts = [_indices(lists[key], f"client {key} in {file}") for key in sorted(lists, key=int)]
     try:
+        parts = [_indices(lists[number], number, len(dataset.train.labels)) for number in numbers]
         return check_partition(parts, dataset, complete=complete)
     except ConfigurationError as error:
         remedy = "" if complete is False else " (a split that leaves examples out on purpose: complete = false)"
         raise ConfigurationError(f"a split file that does not fit the data: {file}: {error}{remedy}") from None
 
 
-def _indices(values: object, where: str) -> Int[np.ndarray, "n"]:
+def _indices(values: object, client: str, examples: int) -> Int[np.ndarray, "n"]:
+    """Python's whole numbers as an array; one that does not fit into 64 bits is outside the data too."""
     if not isinstance(values, list) or not all(type(value) is int for value in values):
-        raise ConfigurationError(f"{where} must be a list of whole numbers.")
+        raise ConfigurationError(f"partition: client {client} must be a list of whole numbers.")
+    for value in (min(values, default=0), max(values, default=0)):
+        _check_index(client, value, examples)
     return np.sort(np.array(values, np.int64))
 
 
@@ -273,17 +287,23 @@ def check_partition(
       complete: whether every training example must belong to a client.
 
     Raises:
-      ConfigurationError: a client is empty, an index is outside the data or used twice, or an example is left over.
+      ConfigurationError: a client is empty, an index is no whole number, outside the data or used twice, or an example is
+        left over.
     """
     examples = len(dataset.train.labels)
     _require(len(parts) > 0, "there are no clients; at least one is needed.")
     for client, part in enumerate(parts):
-        _require(len(part) > 0, f"client {client} has no examples; every client needs one. Take fewer clients.")
-        worst = int(part[0] if part[0] < 0 else part[-1])
         _require(
-            0 <= worst < examples,
-            f"client {client} has the index {worst}, but the training set has size {examples} (0 … {examples - 1}).",
+            isinstance(part, np.ndarray) and part.ndim == 1,
+            f"client {client} is given as {type(part).__name__}; it must be an array of indices.",
         )
+        _require(len(part) > 0, f"client {client} has no examples; every client needs one. Take fewer clients.")
+        _require(
+            part.dtype.kind in "iu",
+            f"client {client} has indices of the type {part.dtype}; they must be whole numbers.",
+        )
+        for index in (int(part.min()), int(part.max())):
+            _check_index(client, index, examples)
     uses = np.bincount(np.concatenate(parts), minlength=examples)
     _require(uses.max() <= 1, f"the training example {uses.argmax()} is used {uses.max()} times; once at most.")
     unused = int((uses == 0).sum())
@@ -334,6 +354,14 @@ def _group(owner: Int[np.ndarray, "N"], clients: int) -> list[Int[np.ndarray, "n
     """Returns the sorted indices of each owner."""
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owner, minlength=clients))[:-1])
+
+
+def _check_index(client: int | str, index: int, examples: int) -> None:
+    if not 0 <= index < examples:
+        raise ConfigurationError(
+            f"partition: client {client} has the index {reprlib.repr(index)}, but the training set has size {examples} "
+            f"(0 … {examples - 1})."
+        )
 
 
 def _check_clients(clients: int, examples: int) -> None:

@@ -100,7 +100,7 @@ def build_dataset(
         )
         client_ids = np.unique(client_ids, return_inverse=True)[1] if kind in "US" else client_ids
     half = (0.5,) * shape[-1]
-    notes = (*_notes_on_pixels(*examples), *_notes_on_classes(*examples, classes))
+    notes = (*_notes_on_pixels(examples), *_notes_on_classes(examples, classes))
     return Dataset(
         *examples, classes=classes, class_names=names, client_ids=client_ids, mean=half, std=half, notes=notes
     )
@@ -124,10 +124,10 @@ def check_dataset(dataset: Dataset) -> None:
             _require(np.isfinite(inputs).all(), f"the data source returned {name} inputs that are NaN or infinite.")
         elif dataset.mean is None:
             _check_codes(f"{name} inputs", inputs, dataset.classes)
-    ids, expected = dataset.client_ids, np.shape(dataset.train.labels)
+    ids, expected = np.asarray(dataset.client_ids), np.shape(dataset.train.labels)
     _require(
-        ids is None or np.shape(ids) == expected,
-        f"the data source returned client_ids {np.shape(ids)}; their shape must be {expected}, that of the training labels.",
+        dataset.client_ids is None or ids.shape == expected,
+        f"the data source returned client_ids {ids.shape}; their shape must be {expected}, that of the training labels.",
     )
 
 
@@ -163,8 +163,8 @@ def _checked(name: str, inputs: np.ndarray, labels: np.ndarray) -> Examples:
     return Examples(np.ascontiguousarray(inputs), labels.astype(np.int32))
 
 
-def _notes_on_pixels(train: Examples, test: Examples) -> Iterator[str]:
-    for name, part in (("training", train), ("test", test)):
+def _notes_on_pixels(parts: list[Examples]) -> Iterator[str]:
+    for name, part in zip(("training", "test"), parts, strict=True):
         least, largest = int(part.inputs.min()), int(part.inputs.max())
         if least == largest:
             yield f"every pixel of the {name} images is {least}: there is nothing to tell them apart by"
@@ -172,8 +172,8 @@ def _notes_on_pixels(train: Examples, test: Examples) -> Iterator[str]:
             yield f"the largest pixel of the {name} images is {largest}: pixels are bytes, 0 … 255; is the scale right?"
 
 
-def _notes_on_classes(train: Examples, test: Examples, classes: int) -> Iterator[str]:
-    trained, tested = (np.bincount(part.labels, minlength=classes) for part in (train, test))
+def _notes_on_classes(parts: list[Examples], classes: int) -> Iterator[str]:
+    trained, tested = (np.bincount(part.labels, minlength=classes) for part in parts)
     absent = np.flatnonzero(trained == 0)
     if len(absent):
         few = f"{', '.join(map(str, absent[:5]))}{', …' if len(absent) > 5 else ''}"
@@ -182,7 +182,7 @@ def _notes_on_classes(train: Examples, test: Examples, classes: int) -> Iterator
     if len(absent) >= classes - 1:
         yield f"all training examples are of one class, {trained.argmax()}"
     if unknown := int(tested[absent].sum()):
-        yield f"{unknown} of {len(test.labels)} test examples are of classes without training examples: nothing teaches them"
+        yield f"{unknown} of {tested.sum()} test examples are of classes without training examples: nothing teaches them"
     if untested := int((tested == 0).sum() - (tested[absent] == 0).sum()):
         yield f"{untested} of {classes} classes are trained but have no test examples: no test shows what is learnt of them"
 

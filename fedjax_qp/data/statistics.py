@@ -1,5 +1,7 @@
 """Statistics of a partition: how much data the clients hold, and how uneven their labels are."""
 
+import textwrap
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +10,7 @@ from jaxtyping import Float, Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -56,7 +59,7 @@ def _quantiles(values: Int[np.ndarray, "K"]) -> tuple[float, ...]:
 
 def print_table(result: PartitionSummary, *, title: str = "Partition", console: Console | None = None) -> Table:
     """Prints a summary as a table, and returns the table."""
-    table = Table("", *("min", "25 %", "median", "75 %", "max"), title=title)
+    table = Table("", *("min", "25 %", "median", "75 %", "max"), title=escape(title))
     for column in table.columns[1:]:
         column.justify = "right"
     table.add_row("examples per client", *(f"{value:g}" for value in result.examples_per_client))
@@ -88,7 +91,7 @@ def plot_partition(
     edges = np.arange(clients + 1) - 0.5
     sizes_axes.stairs(counts.sum(axis=1), edges, fill=True, color="0.45")
     sizes_axes.set_ylabel("examples")
-    sizes_axes.set_title(title)
+    sizes_axes.set_title(title, parse_math=False)
     # Counts spread over decades, hence the logarithm; white stands for none at all.
     image = axes.pcolormesh(
         edges,
@@ -100,8 +103,11 @@ def plot_partition(
     axes.set(xlabel="client", ylabel="class")
     axes.invert_yaxis()
     if class_names or classes <= 30:
-        axes.set_yticks(range(classes), class_names or [str(label) for label in range(classes)])
+        names = [textwrap.shorten(name, 40, placeholder="…") for name in class_names]
+        axes.set_yticks(range(classes), names or [str(label) for label in range(classes)], parse_math=False)
         axes.tick_params(axis="y", labelsize=9 if classes <= 30 else 5)
     figure.colorbar(image, ax=[sizes_axes, axes], label="examples of the class (white: none)")
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks is drawn as a box
+        figure.savefig(path, dpi=150)
     return Path(path)

@@ -184,11 +184,65 @@ def test_dirichlet_gives_up_with_what_it_tried():
     assert time.perf_counter() - begin < 10
 
 
-@pytest.mark.parametrize("beta", [1e-4, 1e6])
+def test_dirichlet_gives_up_at_once_where_no_draw_can_succeed():
+    """However many draws are asked for: of 1000 clients, far more than 30 are without examples each time."""
+    begin = time.perf_counter()
+    options = {"clients": 1000, "beta": 0.01, "minimum": 1, "attempts": 10**9}
+    with pytest.raises(ConfigurationError, match=r"in each of the 20 that were made, at least [67]\d\d of the clients"):
+        partitions.build("dirichlet", balanced(2000), np.random.default_rng(0), **options)
+    assert time.perf_counter() - begin < 3
+
+
+def test_dirichlet_draws_no_longer_than_its_patience(monkeypatch):
+    """One class falls on few of 20 clients, but those without are not many enough to give up at once."""
+    monkeypatch.setattr("fedjax_qp.data.partition.PATIENCE", 0.2)
+    begin = time.perf_counter()
+    options = {"clients": 20, "beta": 1e-3, "minimum": 1, "attempts": 10**9}
+    with pytest.raises(
+        ConfigurationError, match=r"1000000000 draws .* in each of the \d+ that were made, at least 1\d of"
+    ):
+        partitions.build("dirichlet", balanced(2000, 1), np.random.default_rng(0), **options)
+    assert time.perf_counter() - begin < 3
+
+
+@pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-4, 1e6, 1e300])
 def test_dirichlet_extremes_stay_finite(beta):
     dataset = balanced(2000)
     parts = partitions.build("dirichlet", dataset, np.random.default_rng(0), clients=2, beta=beta, minimum=1)
     assert sum(len(part) for part in parts) == 2000
+
+
+@pytest.mark.parametrize("labels", [[3], [0] * 50, [9] * 49 + [0], list(range(10))])
+@pytest.mark.parametrize("name", ["iid", "dirichlet", "shards", "categories"])
+@pytest.mark.parametrize("clients", [1, 2, 7, 50])
+def test_degenerate_data_is_dealt_out_whole_or_refused(labels, name, clients):
+    options = {
+        "dirichlet": {"minimum": 1},
+        "shards": {"shards_per_client": 1},
+        "categories": {"categories_per_client": 1},
+    }
+    try:
+        given = {"clients": clients, **options.get(name, {})}
+        parts = partitions.build(name, labelled(labels), np.random.default_rng(0), **given)
+    except ConfigurationError as error:
+        assert clients > 1 and "\n" not in str(error)
+        return
+    assert len(parts) == clients and all(len(part) for part in parts)
+    uses = np.bincount(np.concatenate(parts), minlength=len(labels))
+    # With fewer clients than categories some categories have no owner, as the docstring says.
+    assert uses.max() == 1 and (uses.min() == 1 or (name == "categories" and clients < len(set(labels))))
+
+
+def test_many_clients_are_dealt_out_quickly():
+    begin = time.perf_counter()
+    dataset = balanced(20_000)
+    for name, options in (
+        ("iid", {}),
+        ("shards", {"shards_per_client": 1}),
+        ("categories", {"categories_per_client": 1}),
+    ):
+        assert len(partitions.build(name, dataset, np.random.default_rng(0), clients=20_000, **options)) == 20_000
+    assert time.perf_counter() - begin < 20
 
 
 @pytest.mark.parametrize(
@@ -199,6 +253,10 @@ def test_dirichlet_extremes_stay_finite(beta):
         ("dirichlet", {"beta": 0.0}, "beta = 0.0 must be a finite number above 0"),
         ("dirichlet", {"beta": -1}, "beta = -1"),
         ("dirichlet", {"beta": float("nan")}, "beta = nan"),
+        ("dirichlet", {"beta": float("inf")}, "beta = inf"),
+        ("dirichlet", {"beta": 1.7e308}, "beta = 1.7e\\+308 must be .* at most 1e300"),
+        ("dirichlet", {"minimum": 10**30}, "minimum = 1000000000000000000000000000000 must be between 1 and 40"),
+        ("iid", {"clients": 10**30}, "clients = 1000000000000000000000000000000 must be between 1 and 4000"),
         ("dirichlet", {"minimum": 41}, "minimum = 41 must be between 1 and 40"),
         ("dirichlet", {"minimum": 0}, "minimum = 0"),
         ("dirichlet", {"attempts": 0}, "attempts = 0"),
@@ -358,7 +416,7 @@ def test_json_file_orders_clients_by_number(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{not json", "cannot be read as JSON"),
+        ("{not json", "line 1 is not valid JSON"),
         ([1, 2], "needs an entry `train_data`"),
         ({"train_data": {"a": [0]}}, "needs an entry `train_data`"),
         ({"train_data": {}}, "needs an entry `train_data`"),
@@ -369,13 +427,37 @@ def test_json_file_orders_clients_by_number(tmp_path):
         ({"train_data": {"0": [0, 1, 2, 3, 4, 5], "1": []}}, "client 1 has no examples"),
         ({"train_data": {"0": [0, 1.5]}}, "client 0 .* whole numbers"),
         ({"train_data": {"0": [0, True]}}, "client 0 .* whole numbers"),
+        ({"train_data": {"0": [0, 1, 2, 3, 4, 10**30]}}, "client 0 has the index 1000000000000000000000000000000, but"),
+        ({"train_data": {"0": [0, 1, 2, 3, 4, -(2**63) - 1]}}, "client 0 has the index -9223372036854775809"),
+        ({"train_data": {"0": [0, 1, 2, 3, 4, 2**32]}}, "client 0 has the index 4294967296"),
+        ({"train_data": {"0": [0, 1, 2, 3, 4, 5, 5]}}, "example 5 is used 2 times"),
+        ({"train_data": {"0": [0, "1"]}}, "client 0 .* whole numbers"),
+        ({"train_data": {"0": [[0], [1]]}}, "client 0 .* whole numbers"),
+        ({"train_data": {"0": None}}, "client 0 .* whole numbers"),
+        ({"train_data": [[0, 1, 2], [3, 4, 5]]}, "needs an entry `train_data`"),
+        ({"train_data": {"00": [0, 1, 2, 3, 4, 5]}}, "without a gap"),
+        ({"train_data": {"9" * 5000: [0, 1, 2, 3, 4, 5]}}, "without a gap"),
+        ({"num_users": True, "train_data": {"0": [0, 1, 2, 3, 4, 5]}}, "states True clients but lists 1"),
+        (
+            {"num_users": [1] * 10**4, "train_data": {"0": [0, 1, 2, 3, 4, 5]}},
+            r"states \[1, 1, 1.* clients but lists 1",
+        ),
+        ('{"train_data": {"0": [0, 1, 2], "1": [3, 4, 5], "1": [3]}}', "has the key '1' twice"),
+        ('{"train_data": {"0": [0, 1, 2, 3, 4, NaN]}}', "not valid JSON"),
+        ('{"train_data": ' + "[" * 100_000, "nested too deeply"),
         ({"train_data": {"0": [0, 1], "2": [2, 3, 4, 5]}}, "without a gap"),
         ({"num_users": 3, "train_data": {"0": [0, 1], "1": [2, 3, 4, 5]}}, "states 3 clients but lists 2"),
     ],
 )
 def test_json_file_that_does_not_fit(tmp_path, content, message):
-    with pytest.raises(ConfigurationError, match=message):
+    with pytest.raises(ConfigurationError, match=message) as error:
         from_json(tmp_path, content)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_json_file_with_a_byte_order_mark(tmp_path):
+    parts = from_json(tmp_path, '\ufeff{"train_data": {"1": [3, 4, 5], "0": [0, 2, 1]}}')
+    assert [part.tolist() for part in parts] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_json_file_may_leave_examples_out_on_purpose(tmp_path):
@@ -394,7 +476,15 @@ def test_check_partition_accepts_what_fits():
     dataset = balanced(10)
     parts = [np.array([0, 3]), np.array([9])]
     assert check_partition(parts, dataset) is parts
-    for bad in ([], [np.array([], np.int64)], [np.array([10])], [np.array([1]), np.array([1])]):
+    assert check_partition([np.array([3, 0]), np.array([9, 1], np.uint8)], dataset)  # not sorted is no fault
+    unusable = ([3, -1, 2], [3, 10, 2], np.arange(10) == 3, [0.5, 1.0], [0, np.nan], list("ab"), [[1, 2]], 3)
+    for bad in (
+        [],
+        [[0]],
+        [np.array([], np.int64)],
+        [np.array([1]), np.array([1])],
+        *([np.array(b)] for b in unusable),
+    ):
         with pytest.raises(ConfigurationError):
             check_partition(bad, dataset)
 

@@ -61,6 +61,15 @@ def test_table():
     assert "two clients" in text and "2 clients, 10 examples" in text and "classes per client" in text
 
 
+def test_names_are_shown_as_they_are(tmp_path):
+    console = Console(record=True, width=100)
+    print_table(summary(np.array([[5, 0], [1, 4]])), title="[/red] $\\frac$", console=console)
+    assert "[/red] $\\frac$" in console.export_text()
+    names = ("$\\frac$", "[/red]", "猫\x00", "n" * 10_000)  # mathtext, markup, letters without a glyph, no end
+    path = plot_partition(np.ones((2, 4), int), tmp_path / "partition.png", class_names=names, title="$\\frac$")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("shape", [(100, 10), (3, 2), (1, 1), (20, 100)])
 def test_plot(tmp_path, shape):
     counts = np.random.default_rng(0).poisson(0.7, shape)
