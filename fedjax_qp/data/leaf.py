@@ -5,9 +5,12 @@ each with JSON files of the form {"users": […], "num_samples": […], "user_da
 """
 
 import json
+import os
 import string
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from fedjax_qp.data.characters import WINDOW, character_dataset, character_sourc
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.sources import Dataset, build_dataset, cached, sources
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.strict import load_json, read_text
 
 SIDE = 28  # pixels of FEMNIST's images
 LETTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
@@ -44,7 +48,7 @@ def femnist(*, folder: str) -> Dataset:
         f"{len(np.unique(writers))} writers with {len(train.labels)} images to train on, {len(test.labels)} to test on"
     )
     dataset = build_dataset(train, test, len(LETTERS), tuple(LETTERS), client_ids=writers)
-    return dataset._replace(notes=(note,))
+    return dataset._replace(notes=(note, *dataset.notes))
 
 
 @character_sources.register
@@ -73,8 +77,11 @@ Convert = Callable[[list, list, str], Examples]
 
 def _read(source: str, folder: str, convert: Convert) -> tuple[Examples, Examples, Int[np.ndarray, "N"]]:
     """Training and test examples, and the client of each training example in the order of the files; cached."""
-    root = Path(folder).expanduser()
-    files = {part: sorted((root / part).glob("*.json")) for part in ("train", "test")}
+    root = Path(os.path.expanduser(folder))
+    # glob.glob finds nothing where Path.glob raises: in a folder with a name that is too long, or that nobody may read.
+    files = {
+        part: sorted(root / part / name for name in glob("*.json", root_dir=root / part)) for part in ("train", "test")
+    }
     for part, found in files.items():
         _require(
             bool(found),
@@ -95,18 +102,22 @@ def _read(source: str, folder: str, convert: Convert) -> tuple[Examples, Example
             arrays[f"{part}_clients"] = np.repeat(np.arange(len(filled)), [len(each.labels) for each in filled])
         return arrays
 
-    states = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for found in files.values() for file in found]
+    try:
+        states = [
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns) for found in files.values() for file in found
+        ]
+    except OSError as error:
+        raise ConfigurationError(
+            f"data source {source!r}: {error.filename} cannot be read ({error.strerror})."
+        ) from None
     inputs, labels, clients, test_inputs, test_labels, _ = cached(source, json.dumps(states), read).values()
     return Examples(inputs, labels), Examples(test_inputs, test_labels), clients
 
 
 def _users(file: Path, convert: Convert) -> list[tuple[str, Examples]]:
     """The users of one file with their examples."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{file} cannot be read as JSON: {error}") from None
-    keys = list(content) if isinstance(content, dict) else type(content).__name__
+    content = load_json(read_text(file), str(file))
+    keys = shown(list(content)) if isinstance(content, dict) else type(content).__name__
     _require(
         isinstance(content, dict) and all(key in content for key in KEYS),
         f"{file} holds {keys}; LEAF's files have the keys {', '.join(KEYS)}.",
@@ -117,20 +128,34 @@ def _users(file: Path, convert: Convert) -> list[tuple[str, Examples]]:
         lists and all(isinstance(user, str) for user in users) and isinstance(data, dict),
         f"{file}: users (strings) and num_samples must be lists of one length, and user_data an object.",
     )
+    hierarchies = content.get("hierarchies") or users
+    _require(
+        isinstance(hierarchies, list) and len(hierarchies) == len(users),
+        f"{file}: hierarchies, where it is given, must be a list as long as users ({len(users)}).",
+    )
+    unlisted = data.keys() - set(users)
+    _require(
+        not unlisted,
+        f"{file}: user_data holds {len(unlisted)} users whom the list users lacks, such as "
+        f"{shown(min(unlisted, default=''))}; their examples would be lost.",
+    )
     return [
-        (user, _of_user(data.get(user), size, f"{file}, user {user!r}", convert))
+        (user, _of_user(data.get(user), size, f"{file}, user {shown(user)}", convert))
         for user, size in zip(users, sizes, strict=True)
     ]
 
 
 def _of_user(entry: Any, size: Any, where: str, convert: Convert) -> Examples:
-    keys = list(entry) if isinstance(entry, dict) else type(entry).__name__
+    keys = shown(list(entry)) if isinstance(entry, dict) else type(entry).__name__
     _require(
         isinstance(entry, dict) and isinstance(entry.get("x"), list) and isinstance(entry.get("y"), list),
         f"{where}: user_data holds {keys}; it needs the lists x and y.",
     )
     x, y = entry["x"], entry["y"]
-    _require(len(x) == len(y) == size, f"{where}: num_samples is {size!r}, but x has {len(x)} entries and y {len(y)}.")
+    _require(
+        len(x) == len(y) == size,
+        f"{where}: num_samples is {shown(size)}, but x has {len(x)} entries and y {len(y)}.",
+    )
     return convert(x, y, where)
 
 
@@ -141,26 +166,31 @@ def _images(x: list, y: list, where: str) -> Examples:
             length == SIDE**2, f"{where}: x[{number}] has {length} values; an image has {SIDE}×{SIDE} = {SIDE**2}."
         )
     try:
-        pixels = np.asarray(x, np.float32).reshape(-1, SIDE, SIDE)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{where}: x must hold numbers: {error}") from None
+        pixels = np.asarray(x) if x else np.zeros((0, SIDE**2))
+    except ValueError:  # lists among the numbers
+        pixels = np.asarray(None)
+    _require(
+        pixels.dtype.kind in "iuf" and pixels.shape == (len(x), SIDE**2), f"{where}: x must hold numbers, nothing else."
+    )
     outside = pixels[~((pixels >= 0) & (pixels <= 1))]
     _require(not outside.size, f"{where}: x holds {outside[:1]}; values must be between 0 and 1.")
     for number, label in enumerate(y):
-        _require(
-            type(label) is int and 0 <= label < len(LETTERS),
-            f"{where}: y[{number}] = {label!r}; labels are whole numbers from 0 to {len(LETTERS) - 1}.",
-        )
+        if type(label) is not int or not 0 <= label < len(LETTERS):
+            raise ConfigurationError(
+                f"{where}: y[{number}] = {shown(label)}; labels are whole numbers from 0 to {len(LETTERS) - 1}."
+            )
+    pixels = pixels.astype(np.float32).reshape(-1, SIDE, SIDE)
     return Examples(np.round(pixels * 255).astype(np.uint8), np.array(y, np.int32))
 
 
 def _windows(x: list, y: list, where: str) -> Examples:
     for name, values, length in (("x", x, WINDOW), ("y", y, 1)):
         for number, value in enumerate(values):
-            _require(
-                isinstance(value, str) and len(value) == length,
-                f"{where}: {name}[{number}] = {value!r} must be a string of {length} character{'s' * (length > 1)}.",
-            )
+            if not isinstance(value, str) or len(value) != length:
+                characters = "1 character" if length == 1 else f"{length} characters"
+                raise ConfigurationError(
+                    f"{where}: {name}[{number}] = {shown(value)} must be a string of {characters}."
+                )
     return Examples(codes("".join(x)).reshape(-1, WINDOW), codes("".join(y)).astype(np.int32))
 
 
@@ -168,7 +198,8 @@ def _require_once(users: list[str], folder: Path) -> None:
     seen = set()
     for user in users:
         _require(
-            user not in seen, f"{folder}: the user {user!r} is listed twice; every user must stand in one file, once."
+            user not in seen,
+            f"{folder}: the user {shown(user)} is listed twice; every user must stand in one file, once.",
         )
         seen.add(user)
 

@@ -5,9 +5,9 @@ examples for each client. They are disjoint, none is empty, and unless an entry 
 """
 
 import os
-import reprlib
 import time
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Annotated, Protocol
 
 import numpy as np
@@ -257,7 +257,7 @@ def json_file(
     numbers = [str(number) for number in range(len(lists))]
     if type(stated) is not int or stated != len(lists) or lists.keys() != set(numbers):
         raise ConfigurationError(
-            f"{file} states {reprlib.repr(stated)} clients but lists {len(lists)}; clients must be numbered from 0 without a "
+            f"{file} states {shown(stated)} clients but lists {len(lists)}; clients must be numbered from 0 without a "
             "gap."
         )
     try:
@@ -359,7 +359,7 @@ def _group(owner: Int[np.ndarray, "N"], clients: int) -> list[Int[np.ndarray, "n
 def _check_index(client: int | str, index: int, examples: int) -> None:
     if not 0 <= index < examples:
         raise ConfigurationError(
-            f"partition: client {client} has the index {reprlib.repr(index)}, but the training set has size {examples} "
+            f"partition: client {client} has the index {shown(index)}, but the training set has size {examples} "
             f"(0 … {examples - 1})."
         )
 

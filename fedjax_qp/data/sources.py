@@ -12,13 +12,14 @@ import io
 import json
 import os
 import re
-import reprlib
 import tempfile
 import textwrap
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from glob import glob
 from pathlib import Path
+from reprlib import repr as shown
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -233,7 +234,7 @@ def fashion_mnist(*, folder: str | None = None) -> Dataset:
         the Debian package dataset-fashion-mnist, then for prepared data. The two orders of training examples differ.
     """
     idx_folder = FASHION_MNIST_FOLDER if folder is None else Path(os.path.expanduser(folder))
-    if any(idx_folder.glob("*-ubyte*")):
+    if glob("*-ubyte*", root_dir=idx_folder):
         files = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
         images, labels, *test = [read_idx(idx_folder / f"{file}-ubyte") for file in files]
         return build_dataset((images, labels), test, 10, CLOTHES)
@@ -319,7 +320,7 @@ def _class_names(names: np.ndarray) -> tuple[str, ...]:
     )
     different, uses = np.unique(names, return_counts=True)
     twice = different[uses.argmax()]
-    _require(uses.max() == 1, f"class_names has {reprlib.repr(str(twice))} {uses.max()} times; names must differ.")
+    _require(uses.max() == 1, f"class_names has {shown(str(twice))} {uses.max()} times; names must differ.")
     return tuple(names.tolist())
 
 
@@ -383,9 +384,10 @@ def _prepared_folder(name: str, folder: str | None) -> Path:
     """Returns the newest prepared version of `name`, `name/config` or `name/config:version`."""
     root = Path(os.path.expanduser(folder or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
     base, _, version = name.partition(":")
-    prepared = [file.parent for depth in (2, 3) for file in root.glob("*/" * depth + "dataset_info.json")]
-    if found := [path for path in prepared if path.parent == root / base and version in ("", path.name)]:
-        return max(found, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+    found = [file for depth in (2, 3) for file in glob("*/" * depth + "dataset_info.json", root_dir=root)]
+    prepared = [(root / file).parent for file in found]
+    if fitting := [path for path in prepared if path.parent == root / base and version in ("", path.name)]:
+        return max(fitting, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
     known = {f"{path.parent.relative_to(root)}:{path.name}" for path in prepared}
     raise ConfigurationError(
         f"{unknown_name('prepared data set', name, known)} Looked for in {root}: set TFDS_DATA_DIR or `folder`, or "
@@ -422,12 +424,9 @@ def _read_splits(tfds: ModuleType, directory: Path, splits: tuple, label: str | 
             source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigurationError(
-                f"split {split!r} of {directory} cannot be read: {_brief(error)} It has {', '.join(info.splits)} "
+                f"split {split!r} of {directory} cannot be read, or is empty ({_brief(error)}). It has {', '.join(info.splits)} "
                 f"in the format {info.file_format.value}; array_record is needed (`tfds convert_format`)."
             ) from None
-        _require(
-            len(source) > 0, f"split {split!r} of {directory} holds no examples; choose another as the option {part}."
-        )
         decoded = _decode_split(source, image, label, info.features[image].shape[-1])
         content[f"{part}_inputs"], content[f"{part}_labels"] = decoded
     return {**content, "names": np.array(info.features[label].names)}

@@ -4,8 +4,8 @@ Source: McMahan et al., "Communication-efficient learning of deep networks", AIS
 """
 
 import math
-import reprlib
 from collections.abc import Callable
+from reprlib import repr as shown
 
 import jax
 from flax import nnx
@@ -57,7 +57,7 @@ def mlp(
         raise ConfigurationError(f"model 'mlp': hidden has {len(hidden)} layers; at most {MOST_LAYERS} are possible.")
     if not all(1 <= size <= MOST_UNITS for size in hidden):
         raise ConfigurationError(
-            f"model 'mlp': hidden = {reprlib.repr(hidden)}; every size must be between 1 and {MOST_UNITS}. Leave a layer "
+            f"model 'mlp': hidden = {shown(hidden)}; every size must be between 1 and {MOST_UNITS}. Leave a layer "
             "without units out."
         )
     return lambda rngs: Perceptron((math.prod(input_shape), *hidden, classes), rngs=rngs)

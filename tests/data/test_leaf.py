@@ -54,7 +54,8 @@ def test_femnist_by_writer(tmp_path, cache_folder):
     assert dataset.classes == 62 and [dataset.class_names[k] for k in (9, 10, 35, 36, 61)] == ["9", "A", "Z", "a", "z"]
     parts = partitions.build("natural", dataset, np.random.default_rng(0))
     assert [part.tolist() for part in parts] == [[0, 1, 2], [3], [4, 5]]
-    assert dataset.notes == ("3 writers with 6 images to train on, 1 to test on",)
+    assert dataset.notes[0] == "3 writers with 6 images to train on, 1 to test on"
+    assert dataset.notes[1].startswith("56 of 62 classes have no training examples: 1, 2, 4, 5, 6, …")
     again = sources.build("femnist", folder=str(tmp_path))  # out of the cache
     assert len(list(cache_folder.iterdir())) == 1
     for one, other in zip((*dataset.train, *dataset.test), (*again.train, *again.test), strict=True):
@@ -97,6 +98,23 @@ PIXELS = [[0.5] * 784] * 2
         ("femnist", {"w1": ([PIXELS[0], PIXELS[1][:-1]], [0, 1])}, r"'w1': x\[1\] has 783 values; .*28×28 = 784"),
         ("femnist", {"w1": ([[*PIXELS[0][:-1], 2]], [0])}, r"'w1': x holds \[2\.\]; values must be between 0 and 1"),
         ("femnist", {"w1": ([[*PIXELS[0][:-1], "a"]], [0])}, "'w1': x must hold numbers"),
+        ("femnist", {"w1": ([[*PIXELS[0][:-1], 10**400]], [0])}, "'w1': x must hold numbers, nothing else"),
+        ("femnist", {"w1": ([[*PIXELS[0][:-1], 10**39]], [0])}, "'w1': x "),
+        ("femnist", {"w1": ([[*PIXELS[0][:-1], 1e39]], [0])}, r"'w1': x holds \[1.e\+39\]"),
+        ("femnist", {"w1": ([[*PIXELS[0][:-1], "0.5"]], [0])}, "'w1': x must hold numbers"),
+        ("femnist", {"w1": ([["0.5"] * 784], [0])}, "'w1': x must hold numbers"),
+        ("femnist", {"w1": ([[True] * 784], [0])}, "'w1': x must hold numbers"),
+        ("femnist", {"w1": ([[*PIXELS[0][:-1], None]], [0])}, "'w1': x must hold numbers"),
+        ("femnist", {"w1": ([[*PIXELS[0][:-1], [0.5]]], [0])}, "'w1': x must hold numbers"),
+        (
+            "femnist",
+            {"w1": ([[[0.5, 0.5]] * 784], [0])},
+            "'w1': x must hold numbers",
+        ),  # two images of one label, flattened
+        ("femnist", {"w1": (PIXELS, [0, 10**30])}, r"'w1': y\[1\] = 1000000000000000000000000000000; labels"),
+        ("femnist", {"w1": (PIXELS, [0, -1])}, r"'w1': y\[1\] = -1; labels"),
+        ("femnist", {"w1": (PIXELS, [0, True])}, r"'w1': y\[1\] = True; labels"),
+        ("femnist", {"w1": (PIXELS, [0, "x" * 10**4])}, r"'w1': y\[1\] = 'xxxx.*\.\.\..*'; labels"),
         ("femnist", {"w1": (PIXELS, [0, 62])}, r"'w1': y\[1\] = 62; labels are whole numbers from 0 to 61"),
         ("femnist", {"w1": (PIXELS, [0, 1.0])}, r"'w1': y\[1\] = 1.0"),
     ],
@@ -108,6 +126,7 @@ def test_bad_examples_are_named_by_file_and_user(tmp_path, source, data, message
     with pytest.raises(ConfigurationError, match=message) as error:
         registry.build(source, folder=str(tmp_path))
     assert file.name in str(error.value) or "hold no examples" in message
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_bad_files(tmp_path):
@@ -124,7 +143,17 @@ def test_bad_files(tmp_path):
     (tmp_path / "train" / file.name.replace("_0_", "_1_", 1)).unlink()
     content = json.loads(file.read_text())
     for broken, message in (
-        ('{"users": [', "cannot be read as JSON"),
+        ('{"users": [', "line 1 is not valid JSON"),
+        (json.dumps(content).replace("{", '{"users": [], ', 1), "has the key 'users' twice"),
+        (json.dumps(content)[:-2] + ', "ANN": {"x": [], "y": []}}}', "has the key 'ANN' twice"),
+        ('{"users": ' + "[" * 100_000, "nested too deeply"),
+        (json.dumps(content).replace("[1]", "[NaN]"), "not valid JSON"),
+        ("\udcff", "not a UTF-8 text file"),
+        (json.dumps({**content, "num_samples": [2]}), "user 'ANN': num_samples is 2, but x has 1 entries and y 1"),
+        (json.dumps({**content, "users": []}), "must be lists of one length"),
+        (json.dumps({**content, "users": [], "num_samples": []}), "1 users whom the list users lacks, such as 'ANN'"),
+        (json.dumps({**content, "hierarchies": ["a", "b"]}), "hierarchies, where it is given, .* as long as users .1."),
+        (json.dumps({**content, "hierarchies": 5}), "hierarchies, where it is given"),
         ("[]", "holds list; LEAF's files have the keys users"),
         (json.dumps({**content, "user_data": {}}), "user 'ANN': user_data holds NoneType; it needs the lists x and y"),
         (json.dumps({**content, "user_data": {"ANN": {"x": []}}}), r"user 'ANN': user_data holds \['x'\]"),
@@ -132,5 +161,13 @@ def test_bad_files(tmp_path):
         (json.dumps({**content, "users": [["ANN"]]}), r"users \(strings\)"),
         (json.dumps({"users": [], "user_data": {}}), r"holds \['users', 'user_data'\]; LEAF's"),
     ):
-        file.write_text(broken)
+        file.write_text(broken, errors="surrogateescape")
         refused(message)
+    for accepted in ({"hierarchies": ["PLAY"]}, {"hierarchies": []}, {"hierarchies": None}, {"other": 1}):
+        file.write_text("\ufeff" + json.dumps({**content, **accepted}))
+        assert len(character_sources.build("shakespeare_leaf", folder=str(tmp_path)).train.labels) == 1
+    (tmp_path / "train" / "gone.json").symlink_to("nowhere")
+    refused("gone.json cannot be read")
+    for folder in ("", "~nosuchuser/x", "a" * 300):
+        with pytest.raises(ConfigurationError, match="no JSON files"):
+            character_sources.build("shakespeare_leaf", folder=folder)

