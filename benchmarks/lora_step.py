@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from measure import in_turn, paired_ratio, write_rows
 
-from fedjax_qp.algorithms.local import LocalState, local_training
+from fedjax_qp.algorithms.local import LocalState, local_training, mean_loss
 from fedjax_qp.algorithms.sparse import masked_training
 from fedjax_qp.data.sequences import Sequences
 from fedjax_qp.federated import Batch
@@ -44,9 +44,7 @@ class Step:
 
     def __init__(self, language: AdaptedModel, clients: int, batch: int, length: int, *, masked: bool = False):
         optimizer = optax.adamw(LEARNING_RATE)
-        training = (
-            masked_training(language.model, optimizer) if masked else local_training(language.model.loss, optimizer)
-        )
+        training = masked_training(language.model, optimizer) if masked else local_training(language.model, optimizer)
         self.batches = tokens_of(language, clients, batch, length)
         params = language.model.init(jax.random.key(0))
         if masked:
@@ -71,7 +69,7 @@ class Step:
 
     @property
     def loss(self) -> float:
-        return float(self.state.loss_sum[0])
+        return float(mean_loss(self.state)[0])
 
 
 def torch_step(folder: Path, batch: Batch) -> Callable[[], float]:

@@ -28,14 +28,16 @@ keyword-only arguments with types are the method's options):
     @algorithms.register
     def damped_average(model, optimizer, *, step_size: float = 1.0) -> Algorithm:
         def step(frozen, shared, carry, batch, key):
-            params, state, total = carry
+            params, state, total, count = carry
             objective = lambda trainable: model.loss(frozen, params._replace(trainable=trainable), batch, key)
             (value, statistics), gradient = jax.value_and_grad(objective, has_aux=True)(params.trainable)
             updates, state = optimizer.update(gradient, state, params.trainable)
-            return Params(optax.apply_updates(params.trainable, updates), statistics), state, total + value
+            examples = batch.mask.sum()
+            params = Params(optax.apply_updates(params.trainable, updates), statistics)
+            return params, state, total + examples * value, count + examples
 
         def finish(shared, own, carry, memory, client):
-            return (carry[0], 1.0), memory, {"client/loss": carry[2] / client.steps}
+            return (carry[0], 1.0), memory, {"client/loss": carry[2] / carry[3], "client/counted": carry[3]}
 
         def combine(server, total, key):
             move = lambda old, summed: old + step_size * (summed / total[1] - old)
@@ -45,14 +47,16 @@ keyword-only arguments with types are the method's options):
             init_server=lambda params, clients: params,
             init_client=lambda params: (),
             dispatch=lambda server, cohort, key: (server, (), {}),
-            start=lambda shared, own, memory, key: (shared, optimizer.init(shared.trainable), 0.0),
+            start=lambda shared, own, memory, key: (shared, optimizer.init(shared.trainable), 0.0, 0),
             step=step,
             finish=finish,
             combine=combine,
             serve=lambda server, memory: server,
         )
 
-Metrics named `client/…` are per client; `client/loss` and, where a method has it, `update/norm` guard against divergence.
+Metrics named `client/…` are per client; `client/loss` and, where a method has it, `update/norm` guard against divergence. A
+client's losses (`client/…loss`) are means over the examples of all its steps, or over whatever else the model's loss is a
+mean of; `client/counted` is their number, the weight of these losses in a round's mean over clients.
 """
 
 from collections.abc import Callable
@@ -96,6 +100,7 @@ class Model(NamedTuple):
     evaluate: Callable  # (frozen, Params, Batch) -> dict of sums over the mask
     merge: Callable | None = None  # (frozen, trainable) -> frozen with the adapters folded in, where there are adapters
     parts: Parts | None = None  # of a classifier, for methods that work on what its last layer sees
+    counted: Callable | None = None  # (Batch) -> number of what `loss` is the mean of; None = the examples in the mask
 
 
 class Cohort(NamedTuple):

@@ -1,13 +1,24 @@
 """What a run leaves behind: one plain-JSON record per round, in `records.jsonl` (`trackers` send copies elsewhere).
 
 A record is a dict: "round" (from 1), "train_loss", "reporting" (clients), "local_steps" (their sum), every metric of
-the algorithm under its own name, and in rounds with an evaluation "test_loss", "test_accuracy", "class_accuracy" and
-"client_accuracy". Where clients have tests of their own, "personal" (each client's model after the last aggregation) and
-"tuned" (as the client left it) hold loss, perplexity and accuracy: spread over the clients that have taken part so far, the
-mean over those that have not ("unseen"), and the numbers of all clients.
+the algorithm under its own name, and in rounds with an evaluation "test_loss", "test_accuracy", "class_accuracy" and, where
+clients differ in their labels, "client_accuracy": what each client would see on the common test set in its own mixture of
+labels. Where clients have tests of their own, "personal" (each client's model after the last aggregation) and "tuned" (as the
+client left it) hold loss, accuracy and, of language models, perplexity: spread over the clients that have taken part so far,
+the mean over those that have not ("unseen"), and the numbers of all clients.
 
-A number that is not finite is written as null, so that the file is valid JSON. Nothing in it depends on the clock: two runs
-that compute the same bits write the same bytes.
+What a mean is taken over:
+  * "train_loss", "client/personal_loss": all examples (target tokens of a language model) that the reporting clients were
+    trained on in the round, each at the moment of its step; batches and clients count by what they hold.
+  * all other "client/…": the reporting clients, each of which counts the same.
+  * "test_loss", "test_accuracy": all examples (tokens) of the common test set.
+  * "personal", "tuned": first a client's own test examples (tokens), then the clients, each of which counts the same, since
+    personalised learning is judged by what single clients get.
+
+A number that is not finite is written as null, so that the file is valid JSON. It is not missing, it is worse than any other:
+where a tested client's loss is not finite, or its perplexity too large for a number, the mean and the maximum over clients
+and the quantiles that touch it are null too, and the view names these clients under "nonfinite". Only clients that have no
+test examples are left out. Nothing depends on the clock: two runs that compute the same bits write the same bytes.
 """
 
 import json
@@ -18,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from fedjax_qp.plan import Plan
 from fedjax_qp.registry import ConfigurationError
@@ -28,6 +39,7 @@ FILE = "records.jsonl"
 FAILURE = "failure.json"  # it diverged
 ENDED = "ended.json"  # why, and after which round
 VIEWS = ("personal", "tuned")
+COUNTED = "client/counted"  # how many examples a client's losses are means over: their weight, and no entry of its own
 _QUANTILES = {"q05": 0.05, "q10": 0.10, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q90": 0.90, "q95": 0.95}
 
 # --- from metrics to records ------------------------------------------------------------------------------------------
@@ -37,7 +49,7 @@ def chunk_records(
     metrics: dict[str, np.ndarray],
     plan: Plan,
     first_round: int,
-    label_shares: Float[np.ndarray, "K C"],
+    label_shares: Float[np.ndarray, "K C"] | None,
     seen: Set[int] = frozenset(),
 ) -> list[dict]:
     """Turns the metrics of one chunk into records.
@@ -48,7 +60,8 @@ def chunk_records(
         "personal/…" and "tuned/…" [R, K, …].
       plan: the plan that was run; its first `plan.rounds` rows are in use.
       first_round: number of rounds finished before the chunk.
-      label_shares: share of each class in each client's training examples; rows sum to 1.
+      label_shares: share of each class in each client's training examples, rows sum to 1; None for a language model, whose
+        tests count tokens.
       seen: clients that have taken part in earlier rounds.
 
     Returns:
@@ -60,7 +73,8 @@ def chunk_records(
         seen |= {int(client) for client in np.asarray(plan.cohorts.clients[index])[_reporting(plan, index)]}
         record = _record(row, plan, index, first_round + index + 1, label_shares)
         if bool(plan.evaluate[index]):
-            record |= {view: _view(row, view, seen) for view in VIEWS if f"{view}/loss" in row}
+            language = label_shares is None
+            record |= {view: _view(row, view, seen, language) for view in VIEWS if f"{view}/loss" in row}
         records.append(record)
     return records
 
@@ -87,6 +101,31 @@ def nonfinite_clients(metrics: dict[str, np.ndarray], plan: Plan, first_round: i
     return None
 
 
+def nonfinite_tests(records: Iterable[dict]) -> str | None:
+    """One sentence that names the tests whose loss was not finite, or None. Accuracies look healthy beside such a loss."""
+    found: dict[str, list[int]] = {}
+    for record in records:
+        kinds = (
+            ["the common test set"] if record.get("test_accuracy") is not None and record["test_loss"] is None else []
+        )
+        for view in VIEWS:
+            clients = record.get(view, {}).get("nonfinite", [])
+            kinds += (
+                [f"the {view} model of client{'s' if len(clients) > 1 else ''} {_listed(clients)}"] if clients else []
+            )
+        for kind in kinds:
+            found.setdefault(kind, []).append(record["round"])
+    if not found:
+        return None
+    parts = [f"{kind} (round{'s' if len(rounds) > 1 else ''} {_listed(rounds)})" for kind, rounds in found.items()]
+    return f"a test loss is not finite, or too large for a perplexity: {'; '.join(parts)}. Means over it are null."
+
+
+def _listed(numbers: list[int], most: int = 5) -> str:
+    shown = ", ".join(map(str, numbers[:most]))
+    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
+
+
 def rounds_to_reach(records: Iterable[dict], accuracy: float) -> int | None:
     """The first round whose test accuracy is at least `accuracy` (0 to 1), or None."""
     for record in records:
@@ -100,7 +139,7 @@ def _reporting(plan: Plan, index: int) -> Bool[np.ndarray, "M"]:
     return np.asarray(plan.cohorts.steps[index]) > 0
 
 
-def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, label_shares: np.ndarray) -> dict:
+def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, label_shares: np.ndarray | None) -> dict:
     reporting = _reporting(plan, index)
     record: dict[str, Any] = {
         "round": round,
@@ -110,12 +149,11 @@ def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, labe
     }
     for name in sorted(row):  # the order of the keys is part of the file's bytes
         value = np.asarray(row[name])
+        if name == COUNTED:
+            continue
         if name.startswith("client/"):
-            mean = (
-                value[reporting].astype(np.float64).mean(axis=0)
-                if reporting.any()
-                else np.full(value.shape[1:], np.nan)
-            )
+            weights = row[COUNTED][reporting] if name.endswith("loss") and COUNTED in row else None
+            mean = _mean_over_clients(value[reporting].astype(np.float64), weights)
             record["train_loss" if name == "client/loss" else name] = _plain(mean)
         elif not name.startswith(("test/", *(f"{view}/" for view in VIEWS))):
             record[name] = _plain(value)
@@ -124,15 +162,27 @@ def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, labe
     return record
 
 
-def _test_entries(row: dict[str, np.ndarray], label_shares: Float[np.ndarray, "K C"]) -> dict:
+def _mean_over_clients(
+    values: Float[np.ndarray, "M *rest"], weights: Int[np.ndarray, "M"] | None
+) -> Float[np.ndarray, "*rest"]:
+    """NaN where there is no client, or none with a weight."""
+    if not len(values) or (weights is not None and not weights.sum()):
+        return np.full(values.shape[1:], np.nan)
+    return np.average(values, axis=0, weights=weights)
+
+
+def _test_entries(row: dict[str, np.ndarray], label_shares: Float[np.ndarray, "K C"] | None) -> dict:
     correct, count = (np.asarray(row[f"test/{name}"], np.float64) for name in ("correct", "count"))
     by_class = quotient(correct, count)
-    return {
+    entries = {
         "test_loss": _plain(quotient(np.asarray(row["test/loss"], np.float64), count.sum())),
         "test_accuracy": _plain(quotient(correct.sum(), count.sum())),
         "class_accuracy": _plain(by_class),
-        "client_accuracy": _spread(mixture_accuracy(by_class, label_shares)),
     }
+    if label_shares is not None:
+        of_clients = mixture_accuracy(by_class, label_shares)
+        entries["client_accuracy"] = _spread(of_clients[np.isfinite(of_clients)])
+    return entries
 
 
 def mixture_accuracy(
@@ -148,27 +198,34 @@ def mixture_accuracy(
 
 
 def _spread(values: Float[np.ndarray, "K"]) -> dict[str, float | None]:
-    """Mean, quantiles and extremes of the finite values."""
-    values = values[np.isfinite(values)]
+    """Mean, quantiles and extremes; a value that is not finite is the largest of all, and null is what depends on it."""
     if not len(values):
         return dict.fromkeys(("mean", *_QUANTILES, "min", "max"))
-    quantiles = np.quantile(values, list(_QUANTILES.values()))
+    ranked = np.sort(np.where(np.isfinite(values), values, np.inf))
+    shares, largest = np.array(list(_QUANTILES.values())), np.max(ranked, initial=0, where=np.isfinite(ranked))
+    above = ranked[np.ceil(shares * (len(ranked) - 1)).astype(int)]  # a quantile lies between two values
+    quantiles = np.where(np.isfinite(above), np.quantile(np.minimum(ranked, largest), shares), np.nan)
     named = {name: _plain(value) for name, value in zip(_QUANTILES, quantiles, strict=True)}
-    return {"mean": _plain(values.mean()), **named, "min": _plain(values.min()), "max": _plain(values.max())}
+    mean = np.where(np.isfinite(ranked[-1]), values.mean(), np.nan)
+    return {"mean": _plain(mean), **named, "min": _plain(ranked[0]), "max": _plain(ranked[-1])}
 
 
-def _view(row: dict[str, np.ndarray], view: str, seen: set[int]) -> dict:
+def _view(row: dict[str, np.ndarray], view: str, seen: set[int], language: bool) -> dict:
     """One view of the clients' models, each on its own tests."""
     loss, correct, count = (np.asarray(row[f"{view}/{name}"], np.float64) for name in ("loss", "correct", "count"))
-    of_client = {"loss": quotient(loss, count.sum(-1)), "accuracy": quotient(correct.sum(-1), count.sum(-1))}
-    of_client["perplexity"] = np.exp(of_client["loss"])
-    took_part = np.isin(np.arange(len(loss)), list(seen))
+    count = count.sum(-1)
+    of_client = {"loss": quotient(loss, count), "accuracy": quotient(correct.sum(-1), count)}
+    if language:
+        with np.errstate(over="ignore"):
+            of_client["perplexity"] = np.exp(of_client["loss"])
+    took_part, tested = np.isin(np.arange(len(loss)), list(seen)), count > 0
     entries: dict[str, Any] = {}
     for name, values in of_client.items():
-        known, unseen = (values[np.isfinite(values) & group] for group in (took_part, ~took_part))
-        entries[name] = {**_spread(known), "unseen": _plain(unseen.mean()) if len(unseen) else None}
+        known, unseen = (values[tested & group] for group in (took_part, ~took_part))
+        entries[name] = {**_spread(known), "unseen": _spread(unseen)["mean"]}
         entries[name]["clients"] = _plain(values)
-    return entries
+    broken = tested & ~np.all([np.isfinite(values) for values in of_client.values()], axis=0)
+    return entries | ({"nonfinite": np.flatnonzero(broken).tolist()} if broken.any() else {})
 
 
 def quotient(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -152,6 +152,8 @@ class OpenRun:
                 f"{self.reason or 'finished'} after round {self.done}: accuracy {last[0]:.4f}, best {best[0]:.4f} in round "
                 f"{best[1]}"
             )
+        if (broken := records.nonfinite_tests(self.history)) is not None:
+            console.print(f"warning: {broken}", markup=False, highlight=False)
         target = self.config.evaluation.target_accuracy
         if target is not None:
             reached = records.rounds_to_reach(self.history, target)

@@ -82,7 +82,7 @@ def test_personal_tests_are_spread_over_those_who_took_part():
     losses[0] = np.arange(10) * np.log(2)
     metrics |= {"personal/loss": losses, "personal/correct": np.ones((3, 10, 1)), "personal/count": np.ones((3, 10, 1))}
     metrics["personal/count"][0, 9] = 4
-    first, second = chunk_records(metrics, made_plan(), 10, SHARES, seen={1})
+    first, second = chunk_records(metrics, made_plan(), 10, None, seen={1})
     perplexity = first["personal"]["perplexity"]  # 2^k, but client 9 has four tokens: 2^(9/4)
     assert perplexity["clients"] == pytest.approx([2.0**k for k in range(9)] + [2**2.25], rel=1e-5)
     assert perplexity["mean"] == pytest.approx((2 + 2**5 + 2**2.25) / 3)  # clients 1, 5 and 9; 7 dropped out
@@ -90,6 +90,84 @@ def test_personal_tests_are_spread_over_those_who_took_part():
     assert perplexity["unseen"] == pytest.approx((1 + 4 + 8 + 16 + 64 + 128 + 256) / 7)
     assert first["personal"]["accuracy"]["clients"][9] == 0.25
     assert "tuned" not in first and "personal" not in second
+    of_images, _ = chunk_records(metrics, made_plan(), 10, SHARES, seen={1})
+    assert set(of_images["personal"]) == {"loss", "accuracy"}
+
+
+def test_losses_count_by_examples_and_all_else_by_client():
+    metrics = made_metrics()
+    metrics["client/personal_loss"] = np.array([[4.0, 5.0, 8.0]] * 3, np.float32)
+    metrics["client/counted"] = np.array([[30, 7, 10], [0, 0, 0], [0, 0, 0]])
+    first, second = chunk_records(metrics, made_plan(), 10, SHARES)
+    assert first["train_loss"] == 1.5  # (30·1 + 10·3) / 40, without the dropped client
+    assert first["client/personal_loss"] == 5.0  # (30·4 + 10·8) / 40
+    assert first["client/update_norm"] == 1.0  # (0.5 + 1.5) / 2
+    assert second["train_loss"] is None
+    assert "client/counted" not in first
+
+
+def test_language_runs_have_no_accuracy_by_label_mixture():
+    """Their only "class" is the token: a mixture of it would be the common accuracy, once for each client."""
+    first, _ = chunk_records(made_metrics(), made_plan(), 10, None)
+    assert first["test_accuracy"] == pytest.approx(14 / 40)
+    assert "client_accuracy" not in first
+
+
+def personal_metrics(losses: list[float], counts: list[float]) -> dict[str, np.ndarray]:
+    """Of ten clients, in the first of three rounds."""
+    metrics = made_metrics() | {
+        "personal/loss": np.zeros((3, 10)),
+        "personal/correct": np.zeros((3, 10, 1)),
+        "personal/count": np.zeros((3, 10, 1)),
+    }
+    metrics["personal/loss"][0, : len(losses)] = losses
+    metrics["personal/count"][0, : len(counts), 0] = counts
+    return metrics
+
+
+def test_a_client_whose_loss_is_not_finite_improves_no_mean():
+    metrics = personal_metrics([10.0, 12.0, np.nan, 0.0], [10, 10, 10, 0])
+    first, _ = chunk_records(metrics, made_plan(), 10, None, seen={0, 1, 2, 3})
+    loss = first["personal"]["loss"]  # of clients 0, 1 and 2; 3 has no tests, 5 and 9 neither
+    assert (loss["mean"], loss["max"], loss["q95"]) == (None, None, None)
+    assert (loss["min"], loss["q25"], loss["q50"]) == (1.0, pytest.approx(1.1), pytest.approx(1.2))
+    assert loss["q75"] is None  # half-way between 1.2 and what is no number
+    assert loss["clients"][:4] == [1.0, pytest.approx(1.2), None, None]
+    assert first["personal"]["nonfinite"] == [2]
+    metrics["personal/loss"][0, 2] = 14.0
+    first, _ = chunk_records(metrics, made_plan(), 10, None, seen={0, 1, 2, 3})
+    assert first["personal"]["loss"]["mean"] == pytest.approx(1.2)  # the client without tests is left out
+    assert "nonfinite" not in first["personal"]
+
+
+def test_a_perplexity_beyond_all_numbers_is_no_small_one():
+    metrics = personal_metrics([10.0, 12.0, 8000.0], [10, 10, 10])
+    first, _ = chunk_records(metrics, made_plan(), 10, None, seen={0, 1, 2})
+    perplexity = first["personal"]["perplexity"]  # exp(800) overflows
+    assert (perplexity["mean"], perplexity["max"]) == (None, None)
+    assert perplexity["min"] == pytest.approx(np.e)
+    assert first["personal"]["loss"]["mean"] == pytest.approx((1 + 1.2 + 800) / 3)
+    assert first["personal"]["nonfinite"] == [2]
+    assert perplexity["unseen"] is None
+    unseen, _ = chunk_records(metrics, made_plan(), 10, None, seen={0, 1})
+    assert unseen["personal"]["perplexity"]["unseen"] is None
+    assert unseen["personal"]["perplexity"]["mean"] == pytest.approx((np.e + np.exp(1.2)) / 2)
+
+
+def test_only_infinite_losses_leave_nothing():
+    first, _ = chunk_records(personal_metrics([np.inf], [5]), made_plan(), 10, None, seen={0})
+    assert all(first["personal"]["loss"][name] is None for name in ("mean", "q05", "q50", "q95", "min", "max"))
+
+
+def test_tests_that_are_not_finite_are_said():
+    assert records.nonfinite_tests([]) is None
+    metrics = personal_metrics([10.0, np.inf, np.nan], [10, 10, 10])
+    made = chunk_records(metrics, made_plan(), 10, None, seen={0, 1, 2})
+    assert records.nonfinite_tests([{"round": 1, "test_loss": 0.5, "test_accuracy": 0.5}]) is None
+    said = records.nonfinite_tests(made)
+    assert said is not None and "the personal model of clients 1, 2 (round 11)" in said
+    common = records.nonfinite_tests([{"round": r, "test_loss": None, "test_accuracy": 0.25} for r in (3, 4)])
+    assert common is not None and "the common test set (rounds 3, 4)" in common
 
 
 def test_round_without_reports_and_evaluation():

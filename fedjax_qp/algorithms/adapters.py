@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.algorithms.local import LocalState, Weighting, client_weight, local_training
+from fedjax_qp.algorithms.local import LocalState, Weighting, client_weight, local_training, loss_metrics
 from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
 from fedjax_qp.models import lora
 from fedjax_qp.registry import is_zero
@@ -80,10 +80,10 @@ def blend(average: PyTree, own: PyTree, mix: Array | float) -> PyTree:
     )
 
 
-def training_metrics(loss_sum: Array, before: PyTree, after: PyTree, client: Client) -> dict[str, Array]:
-    """How a client's training went: its mean loss and how far it moved."""
-    moved = jax.tree.map(jnp.subtract, after, before)
-    return {"client/loss": loss_sum / client.steps, "client/update_norm": optax.tree.norm(moved)}
+def training_metrics(state: LocalState, begun: PyTree) -> dict[str, Array]:
+    """How a client's training went: its mean loss, and how far it moved from where it began."""
+    moved = jax.tree.map(jnp.subtract, state.params.trainable, begun)
+    return loss_metrics(state) | {"client/update_norm": optax.tree.norm(moved)}
 
 
 def entry_metrics(trained: Array | int, *, sent: Array | int, received: Array | int) -> dict[str, Array]:
@@ -120,7 +120,7 @@ def adapter_averaging(
         return jax.tree.map_with_path(lambda path, _: "train" if trained(factor_of(path)) else "keep", tree)
 
     split = optax.partition({"train": optimizer, "keep": optax.set_to_zero()}, label)
-    training = local_training(model.loss, split)
+    training = local_training(model, split)
 
     def personal(server: AdapterServer, memory: AdapterMemory) -> PyTree:
         """The adapters of a client after the last aggregation: its next start."""
@@ -147,7 +147,7 @@ def adapter_averaging(
         adapters = carry.params.trainable
         weight = client_weight(weighting, client)
         upload = Report(weight, [weight * leaf for leaf in factors(adapters, averaged)])
-        metrics = training_metrics(carry.loss_sum, personal(shared, memory), adapters, client)
+        metrics = training_metrics(carry, personal(shared, memory))
         sent = lora.count(factors(adapters, lambda factor: averaged(factor) and trained(factor)))
         if local_after is not None:
             sent = jnp.where(shared.round < local_after, sent, 0)

@@ -38,7 +38,7 @@ def averaging(
       server_optimizer: optax transformation of the pseudo-gradient; `optax.sgd(1.0)` is FedAvg.
       proximal: μ of FedProx's penalty ½μ‖w − w_global‖².
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def init_server(params: Params, clients: int) -> Server:
         return Server(params, server_optimizer.init(params.trainable))

@@ -20,7 +20,7 @@ from pydantic import Field
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.adapters import entry_metrics
 from fedjax_qp.algorithms.averaging import Server, averaging
-from fedjax_qp.algorithms.local import LocalState, Weighting, local_training
+from fedjax_qp.algorithms.local import LocalState, Weighting, local_training, mean_loss
 from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
 from fedjax_qp.models import lora
 
@@ -51,7 +51,7 @@ def ditto(
       proximal: λ; 0 is local training of v_k, and the paper chooses it by validation.
     """
     average = averaging(model, optimizer, optax.sgd(1.0), weighting=weighting)
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def personal(shared: Params, memory: DittoMemory) -> Params:
         return jax.tree.map(lambda v, w: jnp.where(memory.rounds > 0, v, w), memory.params, shared)
@@ -68,7 +68,7 @@ def ditto(
 
     def finish(shared: Params, own: tuple, carry: DittoState, memory: DittoMemory, client: Client) -> tuple:
         upload, _, metrics = average.finish(shared, own, carry.shared, (), client)
-        metrics |= {"client/personal_loss": carry.personal.loss_sum / client.steps}
+        metrics |= {"client/personal_loss": mean_loss(carry.personal)}
         sent = lora.count(shared)
         # v_k's entries: the global model's are as many again.
         metrics |= entry_metrics(lora.count(shared.trainable), sent=sent, received=sent)

@@ -56,7 +56,7 @@ def feddyn(
       alpha: α; the paper's choices are 0.1, 0.01 and 0.001.
       served: the model that is tested: the server's θ^t, or the mean of the cohort's models. Training does not depend on it.
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def init_client(params: Params) -> PyTree:
         return jax.tree.map(jnp.zeros_like, params.trainable)

@@ -143,7 +143,7 @@ def fedgen(
       noise: size of ε.
       hidden: units of the generator.
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
     generator_optimizer = optax.adam(generator_learning_rate)
 
     def init_server(params: Params, clients: int) -> FedgenServer:
@@ -171,7 +171,7 @@ def fedgen(
             supervised = mean_cross_entropy(parts.classify(params, features), batch)
             return supervised + weight * label_loss(parts.classify(params, made), labels), statistics
 
-        local = local_training(loss, optimizer).step(frozen, carry.local, batch, key)
+        local = local_training(model._replace(loss=loss), optimizer).step(frozen, carry.local, batch, key)
         return FedgenState(local, carry.counts + batch.mask @ jax.nn.one_hot(batch.examples.labels, parts.classes))
 
     def finish(shared: Shared, own: tuple, carry: FedgenState, memory: tuple, client: Client) -> tuple:

@@ -88,7 +88,7 @@ def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Call
     Args:
       mutate: `(server, members, key) -> (Own with leading axis [M], directions, metrics)`.
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def init_server(params: Params, clients: int) -> MutationServer:
         zero = jax.tree.map(jnp.zeros_like, params.trainable)

@@ -66,7 +66,7 @@ def flora(
     Args:
       expansion: e, factor on the model's rank (and its alpha, so that the scale stays).
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def merged(deltas: PyTree, adapters: PyTree) -> PyTree:
         assert model.merge is not None, "FLoRA needs a model with adapters"
@@ -87,7 +87,7 @@ def flora(
 
     def finish(shared: FloraShared, own: tuple, carry: LocalState, memory: AdapterMemory, client: Client) -> tuple:
         adapters = carry.params.trainable
-        metrics = training_metrics(carry.loss_sum, shared.fresh, adapters, client)
+        metrics = training_metrics(carry, shared.fresh)
         count = lora.count(adapters)
         metrics |= entry_metrics(count, sent=count, received=count * shared.server.reporters)
         upload = FloraUpload(client_weight(weighting, client), adapters)

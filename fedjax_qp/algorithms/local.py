@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from fedjax_qp.federated import Batch, Client, Model, Params, Parts
 from fedjax_qp.registry import ConfigurationError
@@ -19,7 +19,8 @@ class LocalState(NamedTuple):
 
     params: Params
     optimizer_state: PyTree
-    loss_sum: Float[Array, ""]
+    loss_sum: Float[Array, ""]  # over all that was counted
+    counted: Int[Array, ""] | int = 0  # examples of the steps so far (target tokens of a language model)
 
 
 class Upload(NamedTuple):
@@ -52,11 +53,8 @@ class LocalTraining(NamedTuple):
     step: Callable[..., LocalState]
 
 
-def local_training(loss: Callable, optimizer: optax.GradientTransformation) -> LocalTraining:
-    """Stochastic gradient steps with an optax optimizer whose state is fresh in every round.
-
-    Args:
-      loss: `(frozen, Params, Batch, key) -> (loss, statistics)`.
+def local_training(model: Model, optimizer: optax.GradientTransformation) -> LocalTraining:
+    """Stochastic gradient steps on a model's loss, with an optax optimizer whose state is fresh in every round.
 
     Returns:
       `start(params)` and `step(frozen, state, batch, key, penalty_gradient=None)`, where `penalty_gradient(trainable)`
@@ -64,15 +62,15 @@ def local_training(loss: Callable, optimizer: optax.GradientTransformation) -> L
     """
 
     def start(params: Params) -> LocalState:
-        return LocalState(params, optimizer.init(params.trainable), jnp.zeros(()))
+        return LocalState(params, optimizer.init(params.trainable), jnp.zeros(()), jnp.zeros((), jnp.int32))
 
     def step(
         frozen: PyTree, state: LocalState, batch: Batch, key: Any, penalty_gradient: Callable | None = None
     ) -> LocalState:
-        found = loss_gradient(loss, frozen, state.params, batch, key)
+        found = loss_gradient(model.loss, frozen, state.params, batch, key)
         if penalty_gradient is not None:
             found = found._replace(gradient=add(found.gradient, penalty_gradient(state.params.trainable)))
-        return moved(optimizer, state, found)
+        return moved(optimizer, state, found, counted(model, batch))
 
     return LocalTraining(start, step)
 
@@ -95,12 +93,29 @@ def loss_gradient(loss: Callable, frozen: PyTree, params: Params, batch: Batch, 
     return LossGradient(value, statistics, gradient)
 
 
-def moved(optimizer: optax.GradientTransformation, state: LocalState, found: LossGradient) -> LocalState:
-    """The client after one step of its optimizer."""
+def counted(model: Model, batch: Batch) -> Int[Array, ""]:
+    """How many examples, or what else, the loss of a batch is the mean of."""
+    return batch.mask.sum() if model.counted is None else model.counted(batch)
+
+
+def moved(
+    optimizer: optax.GradientTransformation, state: LocalState, found: LossGradient, count: Int[Array, ""]
+) -> LocalState:
+    """The client after one step of its optimizer, on a loss that is the mean of `count` of them."""
     trainable = state.params.trainable
     updates, optimizer_state = optimizer.update(found.gradient, state.optimizer_state, trainable)
     params = state.params._replace(trainable=optax.apply_updates(trainable, updates), statistics=found.statistics)
-    return LocalState(params, optimizer_state, state.loss_sum + found.value)
+    return LocalState(params, optimizer_state, state.loss_sum + count * found.value, state.counted + count)
+
+
+def mean_loss(state: LocalState) -> Float[Array, ""]:
+    """Over the examples (target tokens) of all steps, however they were cut into batches."""
+    return state.loss_sum / jnp.maximum(state.counted, 1)
+
+
+def loss_metrics(state: LocalState) -> dict[str, Array]:
+    """How a client's training went, and the weight of that in a mean over clients."""
+    return {"client/loss": mean_loss(state), "client/counted": jnp.asarray(state.counted)}
 
 
 def client_weight(weighting: Weighting, client: Client) -> Float[Array, ""]:
@@ -124,7 +139,7 @@ def report(
     norm = optax.tree.norm(progress)
     direction = jax.tree.map(lambda leaf: leaf / jnp.maximum(norm, jnp.finfo(leaf.dtype).tiny), progress)
     upload = Upload(weight, jax.tree.map(lambda leaf: weight * leaf, difference), direction, jnp.ones(()))
-    return upload, {"client/loss": state.loss_sum / client.steps, "client/update_norm": norm}
+    return upload, loss_metrics(state) | {"client/update_norm": norm}
 
 
 def mean_update(total: Upload) -> tuple[Params, dict[str, Array]]:

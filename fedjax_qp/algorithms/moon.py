@@ -88,7 +88,8 @@ def moon(
             contrasts = jnp.where(batch.mask, contrast(features, towards, away, temperature), 0)
             return supervised + contrastive * contrasts.sum() / jnp.maximum(batch.mask.sum(), 1), statistics
 
-        return carry._replace(local=local_training(loss, optimizer).step(frozen, carry.local, batch, key))
+        training = local_training(model._replace(loss=loss), optimizer)
+        return carry._replace(local=training.step(frozen, carry.local, batch, key))
 
     def finish(shared: Params, own: tuple, carry: MoonState, memory: Params, client: Client) -> tuple:
         upload, _, metrics = average.finish(shared, own, carry.local, (), client)

@@ -195,7 +195,7 @@ def perfit(
             return row.reshape(-1, *(1,) * leaf.ndim) * leaf
 
         upload = PerfitUpload(jax.tree.map(by_group, masks), jax.tree.map(by_group, adapters))
-        metrics = training_metrics(carry.loss_sum, begin(shared, memory), adapters, client)
+        metrics = training_metrics(carry, begin(shared, memory))
         metrics |= mask_metrics(masks, memory.searched)
         memory = memory._replace(adapters=adapters, searched=jnp.array(False), trained=shared.round + 1)
         return upload, memory, metrics

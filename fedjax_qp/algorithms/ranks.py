@@ -119,7 +119,7 @@ def ranked(
         shared: RankServer, own: Int[Array, ""], carry: LocalState, memory: RankMemory, client: Client
     ) -> tuple[Any, RankMemory, dict]:
         adapters, masks = carry.params.trainable, carry.params.masks
-        metrics = training_metrics(carry.loss_sum, truncated(shared, own).trainable, adapters, client)
+        metrics = training_metrics(carry, truncated(shared, own).trainable)
         count = lora.count(masks)
         metrics |= entry_metrics(count, sent=count, received=count)
         return upload(adapters, own, client), RankMemory(adapters, own, shared.round + 1), metrics

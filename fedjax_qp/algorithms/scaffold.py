@@ -28,6 +28,7 @@ from fedjax_qp.algorithms.local import (
     Upload,
     Weighting,
     add,
+    counted,
     local_training,
     loss_gradient,
     mean_update,
@@ -79,7 +80,7 @@ def scaffold(
       server_learning_rate: η_g.
       weighting: of the clients in the mean model; the paper's is uniform.
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def init_server(params: Params, clients: int) -> ScaffoldServer:
         return ScaffoldServer(params, zeros(params), jnp.asarray(clients, jnp.float32))
@@ -99,7 +100,8 @@ def scaffold(
         else:
             weight, controlling = 1, found.gradient
         gradients = jax.tree.map(lambda total, new: total + weight * new, carry.gradients, controlling)
-        local = moved(optimizer, carry.local, found._replace(gradient=add(found.gradient, carry.correction)))
+        corrected = found._replace(gradient=add(found.gradient, carry.correction))
+        local = moved(optimizer, carry.local, corrected, counted(model, batch))
         return ScaffoldState(local, carry.correction, gradients, carry.weight + weight)
 
     def finish(shared: Shared, own: tuple, carry: ScaffoldState, memory: PyTree, client: Client) -> tuple:

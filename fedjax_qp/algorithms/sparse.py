@@ -32,7 +32,7 @@ def masked_training(model: Model, optimizer: optax.GradientTransformation) -> Lo
 
     The masks in the model make the gradients there 0 already; masking the result keeps every optimizer from moving them.
     """
-    training = local_training(model.loss, optimizer)
+    training = local_training(model, optimizer)
 
     def step(frozen: PyTree, state: LocalState, batch: Batch, key: Any) -> LocalState:
         after = training.step(frozen, state, batch, key)

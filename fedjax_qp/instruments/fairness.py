@@ -77,6 +77,7 @@ def _by_mixture(subject: Subject) -> Float[np.ndarray, "K"]:
     experiment = subject.run.experiment
     sums = _evaluate(experiment.model, experiment.task.frozen, subject.params, experiment.task.test, None)
     correct, count = (np.asarray(sums[name], float) for name in ("correct", "count"))
+    assert experiment.task.shares is not None, "runs of language models are refused before"
     return mixture_accuracy(quotient(correct, count), experiment.task.shares)
 
 

@@ -66,7 +66,10 @@ def language_model(
     def merge(frozen: Any, trainable: PyTree, masks: PyTree = ()) -> dict:
         return lora.merge(frozen, trainable, scale, masks)
 
-    return Model(init=init, loss=loss, evaluate=evaluate, merge=merge)
+    def counted(batch: Batch) -> Int[Array, ""]:
+        return _countable(batch.examples.segments, batch.examples.targets, batch.mask).sum()
+
+    return Model(init=init, loss=loss, evaluate=evaluate, merge=merge, counted=counted)
 
 
 def next_token_losses(

@@ -60,7 +60,7 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         sizes=[len(client.tokens) for client in trains],
         counts=label_counts(kept, np.asarray(data.train.labels), data.classes),
         class_names=data.class_names,
-        shares=np.ones((len(parts), 1)),
+        shares=None,
         language=language,
         notes=(
             *_notes(text, _joined(train), clients, trains),

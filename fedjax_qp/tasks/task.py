@@ -23,7 +23,7 @@ class Task(NamedTuple):
     sizes: list[int]  # per client, its weight by size
     counts: Int[np.ndarray, "K C"]  # training records per client and class, for the partition's table and figure
     class_names: tuple[str, ...]
-    shares: Float[np.ndarray, "K c"]  # per client, its mixture of the classes that the model's metrics are counted by
+    shares: Float[np.ndarray, "K C"] | None  # per client, its mixture of the classes; None where tests count tokens
     dataset: Dataset | None = None  # what it was made of, where another run may be made of the same
     frozen_axes: PyTree = None  # of each frozen array, the axis along which devices may share it, or None
     language: AdaptedModel | None = None  # of instruction tuning
