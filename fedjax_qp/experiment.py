@@ -67,7 +67,14 @@ def resolve(config: Config) -> Config:
     for key in _REGISTRIES:
         part: Part = getattr(config, key)
         parts[key] = Part(part.name, _registry(key, part.name).resolve(part.name, part.options))
-    return dataclasses.replace(config, **parts)
+    resolved = dataclasses.replace(config, **parts)
+    kind = resolved.partition.options["test"]
+    if kind != "common" and resolved.data.name in instruction_sources.names():
+        raise ConfigurationError(
+            f"partition.test = {kind!r}, but clients of instruction data have tests of their own already: choose common, and "
+            "text.test_records for their number."
+        )
+    return resolved
 
 
 def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,7 +203,7 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     if task.personal is not None and config.engine.client_store == "host":
         raise ConfigurationError(
             "engine.client_store = 'host' keeps most clients off the device, but this task tests every client there: "
-            "choose 'device'."
+            f"choose 'device'{'' if task.language is not None else ', or partition.test = common'}."
         )
     return Experiment(config, task, work, algorithm)
 
@@ -214,7 +221,7 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
         if kind is not instruction_sources:
             check_dataset(dataset)
     numbers = generator(config.seed, Stream.PARTITION)
-    parts = partitions[config.partition.name](dataset, numbers, **config.partition.options)
+    parts = partitions[config.partition.name](dataset, numbers, **partitions.own(config.partition.options))
     check_partition(parts, dataset)
     if fitting is language_models:
         return instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
@@ -290,12 +297,36 @@ def advice(experiment: Experiment) -> list[str]:
     usual = defaults(to_dict(config))
     if local.optimizer != "sgd" and local.momentum != usual["local"]["momentum"]:
         found.append(f"local.momentum = {local.momentum:g} has no effect: optimizer {local.optimizer} has none.")
+    if experiment.task.personal is None and _serves_clients(experiment):
+        found.append(
+            f"algorithm = {config.algorithm.name!r} makes a model for each client, but only the server's is tested: set "
+            "partition.test=matched (or own), and the records hold personal accuracies."
+        )
+    share = config.partition.options["test_share"]
+    if config.partition.options["test"] != "own" and share != usual["partition"]["test_share"]:
+        found.append(f"partition.test_share = {share:g} has no effect without partition.test=own.")
     for option in algorithm.unused:
         if (value := config.algorithm.options[option]) != usual["algorithm"][option]:
             found.append(
                 f"algorithm.{option} = {value} has no effect beside the other options of {config.algorithm.name}."
             )
     return found
+
+
+def _serves_clients(experiment: Experiment) -> bool:
+    """Whether the model that a client is evaluated with depends on the client."""
+
+    def served(key: jax.Array) -> Any:
+        params, clients = experiment.model.init(key), len(experiment.task.parts)
+        server, memory = experiment.algorithm.init_server(params, clients), experiment.algorithm.init_client(params)
+        memories = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * 2), memory)
+        return jax.vmap(experiment.algorithm.serve, in_axes=(None, 0), out_axes=None, axis_size=2)(server, memories)
+
+    try:
+        jax.eval_shape(served, jax.random.key(0))
+    except ValueError:  # the model has an axis of clients
+        return True
+    return False
 
 
 def _no_model(*arguments: object) -> None:
@@ -429,7 +460,8 @@ def _check_sampling(config: Config, task: Task, algorithm: Algorithm) -> None:
     if algorithm.sampling is not None and algorithm.sampling.reads_memories and task.personal is not None:
         raise ConfigurationError(
             f"algorithm = {config.algorithm.name!r} draws cohorts that cannot be drawn again, but this task reports on "
-            "clients by whether they have taken part: choose an algorithm that does not draw by what clients sent."
+            "clients by whether they have taken part: choose an algorithm that does not draw by what clients sent"
+            f"{'' if task.language is not None else ', or partition.test = common'}."
         )
 
 

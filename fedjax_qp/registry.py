@@ -66,9 +66,14 @@ MOST_REASONS = 3  # of a value, in a message: a list may be wrong in every place
 class Registry:
     """Functions of one kind by name; see the module docstring."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, common: Callable | None = None):
+        """Args:
+        kind: what its entries are, for messages.
+        common: a function whose keyword-only parameters are options of every entry, which are not handed to the entry.
+        """
         self.kind = kind
         self._functions: dict[str, Callable] = {}
+        self._common = {} if common is None else _keyword_only(common)
 
     def register(self, function: Callable) -> Callable:
         """Decorator: adds `function` under its own name."""
@@ -86,9 +91,12 @@ class Registry:
         return self._functions[name]
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
-        """The keyword-only parameters of one entry."""
-        parameters = inspect.signature(self[name]).parameters
-        return {key: p for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        """The keyword-only parameters of one entry, and those that all entries have."""
+        return _keyword_only(self[name]) | self._common
+
+    def own(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Of the options of an entry, those that it takes itself."""
+        return {key: value for key, value in options.items() if key not in self._common}
 
     def resolve(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
         """Checks options by name and type and fills in the defaults.
@@ -112,7 +120,7 @@ class Registry:
 
     def build(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Calls the entry with its checked options."""
-        return self[name](*arguments, **self.resolve(name, options))
+        return self[name](*arguments, **self.own(self.resolve(name, options)))
 
     def checked(self, name: str, key: str, value: Any) -> Any:
         """One option's value, as its type reads it.
@@ -127,6 +135,11 @@ class Registry:
             found = dict.fromkeys(reason(item["type"], item["msg"]) for item in error.errors(include_url=False))
             reasons = ", or ".join(list(found)[:MOST_REASONS])
             raise ConfigurationError(f"{self.kind} {name!r}: {key} = {shown(value)} {reasons}.") from None
+
+
+def _keyword_only(function: Callable) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(function).parameters
+    return {key: p for key, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
 _KINDS = {

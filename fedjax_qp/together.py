@@ -67,10 +67,13 @@ def groups(configs: Sequence[Config]) -> list[list[int]]:
 
 
 def _fixed_settings(config: Config) -> dict:
-    """What must be the same in runs that share a program. Language tasks cut other sequences from another seed's split."""
+    """What must be the same in runs that share a program: their clients' own tests, for one, and all that these depend on.
+
+    Language tasks also cut other sequences from another seed's split.
+    """
     flat = configuration.flat(configuration.to_dict(config) | {"tracking": "free"})
     free = {*_FREE, *traced_settings(config)}
-    if not of_language_model(config):
+    if not of_language_model(config) and config.partition.options["test"] == "common":
         floats = {name for name, value in flat.items() if name.startswith("partition.") and isinstance(value, float)}
         free |= {"seed", *floats}
     return {name: "free" if name in free else value for name, value in flat.items()}

@@ -2,6 +2,7 @@
 
 from fedjax_qp.data import leaf, shakespeare  # noqa: F401  (they register themselves)
 from fedjax_qp.data.characters import character_sources
+from fedjax_qp.data.client_tests import match, own_counts
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.instructions import Instructions, Record, Records, instruction_sources
 from fedjax_qp.data.partition import check_partition, hold_out, partitions
@@ -26,6 +27,8 @@ __all__ = [
     "hold_out",
     "instruction_sources",
     "label_counts",
+    "match",
+    "own_counts",
     "pack",
     "padding_share",
     "partitions",

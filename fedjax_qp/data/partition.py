@@ -6,6 +6,7 @@ examples for each client. They are disjoint, none is empty, and unless an entry 
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Annotated, Protocol
@@ -14,10 +15,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int32
 from pydantic import Field
 
+from fedjax_qp.data.client_tests import client_tests
 from fedjax_qp.registry import ConfigurationError, Registry
 from fedjax_qp.strict import load_json, read_text
 
-partitions = Registry("partition")
+partitions = Registry("partition", common=client_tests)
 
 # When to give up drawing: after so many seconds, or where the first draws all leave so many clients with too little that
 # none with enough for all is to be expected (were the clients independent, one draw in e^30 at most).
@@ -315,7 +317,11 @@ def check_partition(
 
 
 def hold_out(
-    parts: list[Int[np.ndarray, "n"]], generator: np.random.Generator, *, test: int, train: int | None = None
+    parts: list[Int[np.ndarray, "n"]],
+    generator: np.random.Generator,
+    *,
+    test: int | Sequence[int],
+    train: int | None = None,
 ) -> tuple[list[Int[np.ndarray, "m"]], list[Int[np.ndarray, "t"]]]:
     """Sets examples of each client aside for testing, and limits what is left to train on.
 
@@ -325,7 +331,7 @@ def hold_out(
     Args:
       parts: indices into the training examples, one array a client.
       generator: `spawn` is called on it once.
-      test: examples of each client to test on.
+      test: examples of each client to test on, one number for all or one each.
       train: examples of each client to train on at most; None keeps all.
 
     Returns:
@@ -334,10 +340,12 @@ def hold_out(
     Raises:
       ConfigurationError: an option is out of range, or a client has no more than `test` examples.
     """
-    _require(test >= 0, f"test = {test} must be at least 0.")
+    tests = [int(number) for number in np.broadcast_to(test, len(parts))]
+    _require(min(tests) >= 0, f"test = {min(tests)} must be at least 0.")
     _require(train is None or train >= 1, f"train = {train} must be at least 1, or null for all that is left.")
     kept, held_out = [], []
-    for client, (part, stream) in enumerate(zip(parts, generator.spawn(len(parts)), strict=True)):
+    streams = generator.spawn(len(parts))
+    for client, (part, stream, test) in enumerate(zip(parts, streams, tests, strict=True)):
         _require(
             len(part) > test,
             f"client {client} has {len(part)} examples, too few to hold out test = {test} of them and to train on at "

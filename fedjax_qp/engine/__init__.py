@@ -14,7 +14,7 @@ group of lanes may have several devices that share the frozen weights (see `layo
 """
 
 from fedjax_qp.engine.chunk import Method, Runs
-from fedjax_qp.engine.evaluation import PersonalTests, TestSet, cut_test_set
+from fedjax_qp.engine.evaluation import PersonalTests, TestSet, cut_client_tests, cut_test_set
 from fedjax_qp.engine.layout import (
     AXIS,
     Data,
@@ -38,6 +38,7 @@ __all__ = [
     "Runs",
     "TestSet",
     "bytes_needed",
+    "cut_client_tests",
     "cut_test_set",
     "make_engine",
     "make_program",

@@ -1,6 +1,6 @@
 """Evaluation inside the program: the server's model on the common test set, each client's on its own test part."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,15 +38,24 @@ def evaluate(model: Model, frozen: PyTree, params: PyTree, test: TestSet, axis: 
     return across(axis, jax.lax.fori_loop(0, -(-batches // devices), add, sums))
 
 
+def even_batches(count: int, most: int) -> tuple[int, int]:
+    """As few batches as hold so many examples, none above `most`, and their common size, as small as that allows."""
+    batches = max(-(-count // most), 1)
+    return batches, max(-(-count // batches), 1)
+
+
 def cut_test_set(examples: PyTree, batch_size: int) -> TestSet:
-    """Cuts arrays [N, ...] into batches, the last one padded."""
+    """Cuts arrays [N, ...] into even batches of at most `batch_size`, the last one padded."""
     count = len(jax.tree.leaves(examples)[0])
-    batches = -(-count // batch_size)
-    padding = batches * batch_size - count
+    return _cut(examples, *even_batches(count, batch_size))
+
+
+def _cut(examples: PyTree, batches: int, size: int) -> TestSet:
+    count = len(jax.tree.leaves(examples)[0])
 
     def cut(leaf: np.ndarray) -> np.ndarray:
-        padded = np.concatenate([leaf, np.zeros((padding, *leaf.shape[1:]), leaf.dtype)])
-        return padded.reshape(batches, batch_size, *leaf.shape[1:])
+        padded = np.concatenate([leaf, np.zeros((batches * size - count, *leaf.shape[1:]), leaf.dtype)])
+        return padded.reshape(batches, size, *leaf.shape[1:])
 
     return TestSet(jax.tree.map(cut, examples), cut(np.ones(count, bool)))
 
@@ -56,6 +65,13 @@ class PersonalTests(NamedTuple):
 
     examples: PyTree  # [K, batches, B, ...]
     mask: Bool[Array | np.ndarray, "K batches B"]
+
+
+def cut_client_tests(tests: Sequence[PyTree], batch_size: int) -> PersonalTests:
+    """Cuts every client's test examples, arrays [n, ...], into equally many batches of at most `batch_size`."""
+    longest = max(len(jax.tree.leaves(examples)[0]) for examples in tests)
+    cut = [_cut(examples, *even_batches(longest, batch_size)) for examples in tests]
+    return PersonalTests(*jax.tree.map(lambda *leaves: np.stack(leaves), *cut))
 
 
 def evaluate_clients(

@@ -14,7 +14,7 @@ from fedjax_qp.data import label_counts
 from fedjax_qp.data.instructions import Instructions, Record
 from fedjax_qp.data.partition import hold_out
 from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
-from fedjax_qp.engine import PersonalTests, cut_test_set
+from fedjax_qp.engine import cut_client_tests, cut_test_set
 from fedjax_qp.models import language_models
 from fedjax_qp.models.adapted import AdaptedModel
 from fedjax_qp.models.llama import split_axes
@@ -55,7 +55,9 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         frozen_axes=split_axes(language.config, config.engine.model_devices),
         train=_joined(train),
         test=cut_test_set(pack(common, text.cut_off, text.pack), config.evaluation.batch_size),
-        personal=_personal([pack(client, text.cut_off, text.pack) for client in tests], config.evaluation.batch_size),
+        personal=cut_client_tests(
+            [pack(client, text.cut_off, text.pack) for client in tests], config.evaluation.batch_size
+        ),
         parts=[np.arange(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)],
         sizes=[len(client.tokens) for client in trains],
         counts=label_counts(kept, np.asarray(data.train.labels), data.classes),
@@ -83,21 +85,6 @@ def _together(tests: list[Encoded]) -> Encoded:
 
 def _joined(all_sequences: list[Sequences]) -> Sequences:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *all_sequences)
-
-
-def _personal(tests: list[Sequences], batch_size: int) -> PersonalTests:
-    """Cuts every client's test part into the same number of batches."""
-    longest = max(len(part.tokens) for part in tests)
-    batch_size = min(batch_size, longest)
-    batches = -(-longest // batch_size)
-
-    def filled(leaf: np.ndarray) -> np.ndarray:
-        missing = np.zeros((batches * batch_size - len(leaf), *leaf.shape[1:]), leaf.dtype)
-        return np.concatenate([leaf, missing]).reshape(batches, batch_size, *leaf.shape[1:])
-
-    cut = [jax.tree.map(filled, part) for part in tests]
-    masks = [filled(np.ones(len(part.tokens), bool)) for part in tests]
-    return PersonalTests(jax.tree.map(lambda *leaves: np.stack(leaves), *cut), np.stack(masks))
 
 
 def _cost(language: AdaptedModel, text: Text, sequences: float) -> str:
