@@ -308,7 +308,7 @@ def memory(
         os.environ["JAX_PLATFORMS"] = "cpu"
     from fedjax_qp.memory import measure, memory_table, on_a_mesh
 
-    clients = clients or loaded.participation.cohort
+    clients = loaded.participation.cohort if clients is None else clients
     found = measure(loaded, clients=clients, sequences_per_client=sequences_per_client)
     console = Console()
     console.print(memory_table(on_a_mesh(loaded), found))

@@ -32,6 +32,9 @@ from fedjax_qp.plan import Plan, Workload, plan_chunk
 from fedjax_qp.registry import ConfigurationError
 
 
+MOST_SEQUENCES = 10**8  # of all clients together; their numbers are laid out on this machine
+
+
 class Memory(NamedTuple):
     """Bytes on one device, and what they are of."""
 
@@ -86,8 +89,13 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         engine.data_store is host. Test sequences are `text.test_records` of each.
 
     Raises:
-      ConfigurationError: no language model, or more devices than are visible.
+      ConfigurationError: no language model, more devices than are visible, or a number out of range.
     """
+    if clients < 1 or sequences_per_client < 1 or clients * sequences_per_client > MOST_SEQUENCES:
+        raise ConfigurationError(
+            f"--clients = {clients} and --sequences-per-client = {sequences_per_client} must be at least 1 each, and their "
+            f"product at most {MOST_SEQUENCES:,}: choose other numbers."
+        )
     config = on_a_mesh(resolve(config))
     folder = _folder(config)
     check_devices(config)

@@ -78,3 +78,19 @@ def test_arguments_are_counted_exactly_and_printed(settings, tmp_path, monkeypat
 def test_what_cannot_be_counted_is_refused(settings, changes, message):
     with pytest.raises(ConfigurationError, match=message):
         measure(config.from_dict({**settings, **changes}), clients=CLIENTS, sequences_per_client=SEQUENCES)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{"clients": 0}, {"clients": -1}, {"sequences_per_client": 0}, {"clients": 10**6, "sequences_per_client": 10**3}],
+)
+def test_numbers_out_of_range_are_refused(settings, numbers, tmp_path, capsys):
+    with pytest.raises(ConfigurationError, match="must be at least 1 each, and their product at most 100,000,000"):
+        measure(config.from_dict(settings), **{"clients": CLIENTS, "sequences_per_client": SEQUENCES, **numbers})
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
+    with pytest.raises(SystemExit) as ended:
+        main(["memory", str(file), *given])
+    assert ended.value.code == 2
+    assert "must be at least 1 each" in capsys.readouterr().err

@@ -25,7 +25,7 @@ from fedjax_qp.models import lora
 from fedjax_qp.registry import is_zero
 
 Mix = Annotated[float, Field(ge=0, le=1)]
-Expansion = Annotated[int, Field(ge=1)]
+Expansion = Annotated[int, Field(ge=1, le=1000)]
 Rounds = Annotated[int, Field(ge=0)]
 Factor = Callable[[str], bool]  # "a" or "b" → whether it is meant
 BYTES = 4  # an adapter entry travels as float32
@@ -86,12 +86,25 @@ def training_metrics(state: LocalState, begun: PyTree) -> dict[str, Array]:
     return loss_metrics(state) | {"client/update_norm": optax.tree.norm(moved)}
 
 
-def entry_metrics(trained: Array | int, *, sent: Array | int, received: Array | int) -> dict[str, Array]:
-    """What a client's budget is judged by: entries it trains, and the bytes of those it sends and receives."""
+def bytes_of(entries: Array | int, most: int) -> Array:
+    """Bytes of adapter entries that are sent.
+
+    Exact in int32 where `most` entries fit, the largest number that there can be; else in float32, which keeps 7 digits.
+    """
+    fits = BYTES * most <= jnp.iinfo(jnp.int32).max
+    return BYTES * jnp.asarray(entries, jnp.int32 if fits else jnp.float32)
+
+
+def entry_metrics(trained: Array | int, *, sent: Array | int, received: Array | int, most: int) -> dict[str, Array]:
+    """What a client's budget is judged by: entries it trains, and the bytes of those it sends and receives.
+
+    Args:
+      most: of the entries that can be sent or received; see `bytes_of`.
+    """
     return {
         "client/trained_entries": jnp.asarray(trained, jnp.int32),
-        "client/upload_bytes": jnp.asarray(BYTES * sent, jnp.int32),
-        "client/download_bytes": jnp.asarray(BYTES * received, jnp.int32),
+        "client/upload_bytes": bytes_of(sent, most),
+        "client/download_bytes": bytes_of(received, most),
     }
 
 
@@ -151,7 +164,8 @@ def adapter_averaging(
         sent = lora.count(factors(adapters, lambda factor: averaged(factor) and trained(factor)))
         if local_after is not None:
             sent = jnp.where(shared.round < local_after, sent, 0)
-        metrics |= entry_metrics(lora.count(factors(adapters, trained)), sent=sent, received=sent)
+        most = int(lora.count(adapters))
+        metrics |= entry_metrics(lora.count(factors(adapters, trained)), sent=sent, received=sent, most=most)
         return upload, AdapterMemory(adapters, shared.round + 1), metrics
 
     def combine(server: AdapterServer, total: Report, key: Any) -> tuple[AdapterServer, dict[str, Array]]:

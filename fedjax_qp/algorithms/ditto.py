@@ -69,9 +69,9 @@ def ditto(
     def finish(shared: Params, own: tuple, carry: DittoState, memory: DittoMemory, client: Client) -> tuple:
         upload, _, metrics = average.finish(shared, own, carry.shared, (), client)
         metrics |= {"client/personal_loss": mean_loss(carry.personal)}
-        sent = lora.count(shared)
+        sent = int(lora.count(shared))
         # v_k's entries: the global model's are as many again.
-        metrics |= entry_metrics(lora.count(shared.trainable), sent=sent, received=sent)
+        metrics |= entry_metrics(lora.count(shared.trainable), sent=sent, received=sent, most=sent)
         return upload, DittoMemory(carry.personal.params, memory.rounds + 1), metrics
 
     def serve(server: Server, memory: DittoMemory | tuple) -> Params:

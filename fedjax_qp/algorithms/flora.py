@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.algorithms.adapters import AdapterMemory, Expansion, entry_metrics, training_metrics
+from fedjax_qp.algorithms.adapters import AdapterMemory, Expansion, bytes_of, entry_metrics, training_metrics
 from fedjax_qp.algorithms.local import LocalState, Weighting, client_weight, local_training
 from fedjax_qp.algorithms.ranks import stacked
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
@@ -37,6 +37,7 @@ class FloraServer(NamedTuple):
 class FloraShared(NamedTuple):
     server: FloraServer
     fresh: PyTree  # this round's adapters, the same for all: a random, b = 0
+    received: Array  # bytes of the last stack, which everybody gets
 
 
 class FloraUpload(NamedTuple):
@@ -74,7 +75,9 @@ def flora(
         return {name: block["kernel"] for name, block in model.merge(base, adapters)["blocks"].items()}
 
     def dispatch(server: FloraServer, cohort: Cohort, key: Any) -> tuple[FloraShared, tuple, dict]:
-        return FloraShared(server, draw(server.start, key)), (), {}
+        count = int(lora.count(server.start))
+        stack = bytes_of(count, most=count * len(cohort.clients)) * server.reporters
+        return FloraShared(server, draw(server.start, key), stack), (), {}
 
     def start(shared: FloraShared, own: tuple, memory: AdapterMemory, key: Any) -> LocalState:
         return training.start(Params(shared.fresh, ()))
@@ -88,8 +91,9 @@ def flora(
     def finish(shared: FloraShared, own: tuple, carry: LocalState, memory: AdapterMemory, client: Client) -> tuple:
         adapters = carry.params.trainable
         metrics = training_metrics(carry, shared.fresh)
-        count = lora.count(adapters)
-        metrics |= entry_metrics(count, sent=count, received=count * shared.server.reporters)
+        count = int(lora.count(adapters))
+        metrics |= entry_metrics(count, sent=count, received=0, most=count)
+        metrics["client/download_bytes"] = shared.received
         upload = FloraUpload(client_weight(weighting, client), adapters)
         return upload, AdapterMemory(adapters, shared.server.round + 1), metrics
 

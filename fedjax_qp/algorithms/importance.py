@@ -43,7 +43,7 @@ def keep_top(scores: Float[Array, "P"], mask: Bool[Array, "P"], count: Int[Array
 
 
 def schedule(total: int, budget: Int[Array, ""], prunings: int) -> Int[Array, "Q"]:
-    """Entries that are kept after each pruning: total·(b/total)^(q/Q), and exactly b after the last."""
+    """Entries that are kept after each pruning: total·(b/total)^(q/Q) to float32's 7 digits, and exactly b after the last."""
     share = (budget / total) ** (jnp.arange(1, prunings + 1) / prunings)
     counts = jnp.maximum(jnp.ceil(total * share).astype(jnp.int32), budget)
     return counts.at[-1].set(budget)

@@ -308,7 +308,7 @@ def mask_metrics(masks: PyTree, searched: Bool[Array, ""]) -> dict[str, Array]:
     kept, dead = lora.count(masks), lora.dead_entries(masks)
     total = sum(mask.size for mask in jax.tree.leaves(masks))
     bits = -(-total // 8)
-    metrics = entry_metrics(kept, sent=kept, received=jnp.where(searched, total, kept))
+    metrics = entry_metrics(kept, sent=kept, received=jnp.where(searched, total, kept), most=total + bits)
     metrics["client/upload_bytes"] += jnp.where(searched, bits, 0)
     empty = sum(layers.sum() for layers in lora.empty_modules(masks).values())
     metrics |= {"client/dead_entries": dead.a + dead.b, "client/empty_modules": jnp.asarray(empty)}

@@ -121,7 +121,8 @@ def ranked(
         adapters, masks = carry.params.trainable, carry.params.masks
         metrics = training_metrics(carry, truncated(shared, own).trainable)
         count = lora.count(masks)
-        metrics |= entry_metrics(count, sent=count, received=count)
+        most = int(lora.count(adapters))
+        metrics |= entry_metrics(count, sent=count, received=count, most=most)
         return upload(adapters, own, client), RankMemory(adapters, own, shared.round + 1), metrics
 
     def moved(server: RankServer, adapters: PyTree) -> tuple[RankServer, dict[str, Array]]:

@@ -20,6 +20,9 @@ from fedjax_qp.registry import ConfigurationError
 
 Adapters = dict[str, dict[str, Any]]
 
+# Entries of a client's adapters are counted, ranked and laid out flat in int32.
+MOST_ENTRIES = 2**31 - 1
+
 
 class Adaptable(Protocol):
     """What adapters must know of a model: its number of layers and their matrices."""
@@ -107,14 +110,24 @@ def adapter_shapes(config: Adaptable, rank: int, targets: str | Sequence[str]) -
     """Returns the shapes of the adapters.
 
     Raises:
-      ConfigurationError: a target matches nothing, or the rank is below 1.
+      ConfigurationError: a target matches nothing, or the rank is below 1 or larger than any of the matrices can use.
     """
-    if rank < 1:
-        raise ConfigurationError(f"LoRA rank = {rank}; it must be at least 1. For no adapters leave LoRA out.")
-    sizes = config.projections()
+    sizes = {name: config.projections()[name] for name in select_targets(config, targets)}
+    largest = max(min(size) for size in sizes.values())
+    if not 1 <= rank <= largest:
+        raise ConfigurationError(
+            f"LoRA rank = {rank} (model.rank · algorithm.expansion) must be 1 to {largest}, the smaller side of the "
+            f"largest matrix among {', '.join(sizes)}: choose another model.rank or algorithm.expansion."
+        )
+    entries = config.layers * rank * sum(inputs + outputs for inputs, outputs in sizes.values())
+    if entries > MOST_ENTRIES:
+        raise ConfigurationError(
+            f"adapters of rank {rank} on {', '.join(sizes)} have {entries:,} entries for a client; at most {MOST_ENTRIES:,} "
+            "are supported: lower model.rank or algorithm.expansion, or name fewer model.targets."
+        )
     return {
-        name: {"a": (config.layers, sizes[name][0], rank), "b": (config.layers, rank, sizes[name][1])}
-        for name in select_targets(config, targets)
+        name: {"a": (config.layers, inputs, rank), "b": (config.layers, rank, outputs)}
+        for name, (inputs, outputs) in sizes.items()
     }
 
 
@@ -180,7 +193,8 @@ def product_share(masks: Adapters) -> Float[Array, ""]:
     Masks that keep half of a and half of b at random leave a quarter; two whole ranks out of four leave half.
     """
     kept = sum((mask["a"].sum(-2).astype(float) * mask["b"].sum(-1)).sum() for mask in masks.values())
-    return jnp.asarray(kept / sum(mask["a"].size * mask["b"].shape[-1] for mask in masks.values()))
+    # A float: of a model of 7B parameters these are more than an int32 can count.
+    return jnp.asarray(kept / float(sum(mask["a"].size * mask["b"].shape[-1] for mask in masks.values())))
 
 
 def empty_modules(masks: Adapters) -> dict[str, Bool[Array, "layers"]]:
