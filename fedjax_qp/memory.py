@@ -31,7 +31,6 @@ from fedjax_qp.models.pretrained_config import read_config
 from fedjax_qp.plan import Plan, Workload, plan_chunk
 from fedjax_qp.registry import ConfigurationError
 
-
 MOST_SEQUENCES = 10**8  # of all clients together; their numbers are laid out on this machine
 
 
