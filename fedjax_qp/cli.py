@@ -1,21 +1,38 @@
 """The command line: `fedjax-qp run | resume | sweep | compare | report | inspect | adapters | answer | memory | list`."""
 
+import contextlib
 import os
+import re
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from inspect import signature
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_type_hints
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from fedjax_qp import __version__
+from fedjax_qp import config as configuration
 from fedjax_qp.cache import keep_programs
+from fedjax_qp.catalogue import check_names
 from fedjax_qp.instruments.settings import Settings, What
-from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.registry import ConfigurationError, nearest_names, unknown_name
 
+# What help calls them. Their defaults are said in words where they are no values.
 Positional = tyro.conf.Positional
+UNSET = tyro.conf.arg(help_behavior_hint="")
+File = Annotated[Path, Positional, tyro.conf.arg(metavar="CONFIG")]
+Overrides = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
+RunFolder = Annotated[Path, Positional, tyro.conf.arg(metavar="RUN")]
+RunFolders = Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
+Seeds = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="SEED [SEED ...]", help_behavior_hint="")]
+Questions = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")]
+Instruments = Annotated[tuple[What, ...], UNSET]
+Output = Annotated[Path | None, UNSET]
 
 
 @dataclass(frozen=True)
@@ -30,22 +47,20 @@ class Processes:
     """
 
     cluster: bool = False
-    coordinator: str | None = None
-    processes: int | None = None
-    process: int | None = None
+    coordinator: Annotated[str | None, UNSET] = None
+    processes: Annotated[int | None, UNSET] = None
+    process: Annotated[int | None, UNSET] = None
 
 
-Joining = tyro.conf.OmitArgPrefixes[Processes]
+Joining = Annotated[
+    Processes,
+    tyro.conf.OmitArgPrefixes,
+    tyro.conf.arg(name="processes", help="one run in several processes, each started by this same command"),
+]
 ALONE = Processes()
 
 
-def run(
-    config: Positional[Path],
-    overrides: Positional[tuple[str, ...]] = (),
-    *,
-    seeds: tuple[int, ...] | None = None,
-    several: Joining = ALONE,
-) -> int:
+def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several: Joining = ALONE) -> int:
     """Runs a configuration file.
 
     Args:
@@ -54,26 +69,27 @@ def run(
       seeds: runs once for each of these seeds, in one program where the data allow it; finished ones are kept.
       several: processes of one run.
     """
-    from fedjax_qp import config as configuration
+    configs = _configs(config, overrides, seeds)
     from fedjax_qp import processes
+    from fedjax_qp.experiment import check, resolve
     from fedjax_qp.run import run as start
     from fedjax_qp.simulate import NonFiniteLoss
     from fedjax_qp.together import run_together
 
     processes.join(**asdict(several))
     console = processes.console()
-    if seeds is not None and not seeds:
-        raise ConfigurationError("--seeds needs at least one number, for example --seeds 0 1 2.")
     if seeds is not None and processes.count() > 1:
         raise ConfigurationError("--seeds runs in one process: start a run for each seed, or leave the processes out.")
+    for one in configs:  # before its folder is looked at: a typo must not end in advice about what lies there
+        check(resolve(one))
     if seeds is None:
         try:
-            outcomes = [start(configuration.load(config, list(overrides)), console)]
+            outcomes = [start(configs[0], console)]
         except NonFiniteLoss as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     else:
-        outcomes = run_together([configuration.load(config, [*overrides, f"seed={seed}"]) for seed in seeds], console)
+        outcomes = run_together(configs, console)
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
@@ -82,7 +98,21 @@ def run(
     return int(any(outcome.reason == "diverged" for outcome in outcomes))
 
 
-def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = (), *, several: Joining = ALONE) -> int:
+def _configs(file: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[configuration.Config]:
+    """One configuration for each seed, read and its names checked without loading JAX."""
+    if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
+        raise ConfigurationError(
+            f"--seeds {' '.join(map(str, seeds))}: give each seed once, for example --seeds 0 1 2."
+        )
+    if seeds is not None and any(override.startswith("seed=") for override in overrides):
+        raise ConfigurationError("seed=… beside --seeds: leave one of them out.")
+    ends = [[]] if seeds is None else [[f"seed={seed}"] for seed in seeds]
+    configs = [configuration.load(file, [*overrides, *end]) for end in ends]
+    check_names(configs[0])
+    return configs
+
+
+def resume(run: RunFolder, overrides: Overrides = (), *, several: Joining = ALONE) -> int:
     """Continues an interrupted run from its newest checkpoint.
 
     Args:
@@ -90,6 +120,8 @@ def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = (), *
       overrides: settings to change, such as rounds=200.
       several: processes of one run.
     """
+    if (run / "config.yaml").is_file():
+        configuration.load(run / "config.yaml", list(overrides))
     from fedjax_qp import processes
     from fedjax_qp.run import resume as go_on
     from fedjax_qp.simulate import NonFiniteLoss
@@ -102,7 +134,7 @@ def resume(run: Positional[Path], overrides: Positional[tuple[str, ...]] = (), *
         return 1
 
 
-def sweep(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (), *, check: bool = False) -> int:
+def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> int:
     """Searches settings: many trials, several seeds each, on all cores or on a Dask cluster. Repeated, it continues.
 
     Args:
@@ -110,6 +142,11 @@ def sweep(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (),
       overrides: settings of the sweep (workers=2 trials=40) or of its base configuration (rounds=20) to change.
       check: only checks every trial and counts the runs.
     """
+    from fedjax_qp.sweep.space import base_values, load
+
+    loaded = load(config, list(overrides))
+    base = base_values(loaded)
+    check_names(configuration.from_dict(base))
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if "jax" not in sys.modules:  # this process trains nothing, and must not hold the workers' memory
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -117,13 +154,10 @@ def sweep(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (),
         from fedjax_qp.sweep.run import planned, run_sweep
     except ImportError as error:
         raise ConfigurationError(f"sweeps need more packages ({error}): pip install -e '.[sweep]'.") from None
-    from fedjax_qp.sweep.space import base_values, load
 
     console = Console()
-    loaded = load(config, list(overrides))
     if check:
-        points = planned(loaded, base_values(loaded))
-        trials = len(points) or len(loaded.every_variant()) * (loaded.trials or 0)
+        trials = len(planned(loaded, base)) or len(loaded.every_variant()) * (loaded.trials or 0)
         console.print(f"{trials} trials with {len(loaded.seeds)} seeds each: {trials * len(loaded.seeds)} runs")
         return 0
     outcome = run_sweep(loaded, console, platforms=platforms)
@@ -133,11 +167,11 @@ def sweep(config: Positional[Path], overrides: Positional[tuple[str, ...]] = (),
 
 
 def compare(
-    runs: Positional[tuple[Path, ...]],
+    runs: RunFolders,
     *,
     last: int = 10,
-    target: float | None = None,
-    baseline: str | None = None,
+    target: Annotated[float | None, UNSET] = None,
+    baseline: Annotated[str | None, UNSET] = None,
     output: Path = Path("comparison"),
 ) -> int:
     """Compares runs: a table and a figure with the spread over seeds.
@@ -149,6 +183,7 @@ def compare(
       baseline: name of the method that paired differences are taken to.
       output: files are written to this path with the endings .md, .json and .png.
     """
+    _check_comparison(runs, last, target)
     from fedjax_qp import compare as comparison
     from fedjax_qp.compare_personal import (
         has_personal,
@@ -163,27 +198,49 @@ def compare(
     rows = comparison.summary(loaded, last=last, target=target, baseline=baseline)
     console = Console()
     console.print(comparison.table(rows))
-    output.parent.mkdir(parents=True, exist_ok=True)
     files = {ending: output.with_name(f"{output.name}.{ending}") for ending in ("md", "json", "png")}
-    files["md"].write_text(comparison.to_markdown(rows))
-    files["json"].write_text(comparison.to_json(rows))
-    plot_comparison(loaded, files["png"])
-    console.print(f"figure: {files['png']}")
+    with _writing(output):
+        files["md"].write_text(comparison.to_markdown(rows))
+        files["json"].write_text(comparison.to_json(rows))
+        plot_comparison(loaded, files["png"])
+    console.print(f"figure: {files['png']}", markup=False)
     if has_personal(loaded):
         personal = personal_summary(loaded, baseline=baseline)
         console.print(personal_table(personal))
-        output.with_name(f"{output.name}-clients.md").write_text(personal_markdown(personal))
-        output.with_name(f"{output.name}-clients.json").write_text(personal_json(personal))
+        with _writing(output):
+            output.with_name(f"{output.name}-clients.md").write_text(personal_markdown(personal))
+            output.with_name(f"{output.name}-clients.json").write_text(personal_json(personal))
     return 0
 
 
+def _check_comparison(runs: Sequence[Path], last: int, target: float | None) -> None:
+    if not runs:
+        raise ConfigurationError("no run is named: give one or more run folders, such as runs/mnist5k-seed0.")
+    if last < 1:
+        raise ConfigurationError(f"--last {last} must be at least 1, the number of evaluations.")
+    if target is not None and not 0 < target <= 1:
+        raise ConfigurationError(f"--target {target} must be above 0 and at most 1, an accuracy such as 0.9.")
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Makes the folder of a file that a command writes; what goes wrong in writing is one line."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigurationError(
+            f"--output {output} cannot be written ({error.strerror or error}): choose another path."
+        ) from None
+
+
 def report(
-    runs: Positional[tuple[Path, ...]],
+    runs: RunFolders,
     *,
-    output: Path | None = None,
+    output: Output = None,
     last: int = 10,
-    target: float | None = None,
-    baseline: str | None = None,
+    target: Annotated[float | None, UNSET] = None,
+    baseline: Annotated[str | None, UNSET] = None,
 ) -> int:
     """Writes one HTML file that shows a run, or compares several; it opens in any browser without a server.
 
@@ -194,21 +251,23 @@ def report(
       target: reports the rounds to reach this accuracy.
       baseline: name of the method that paired differences are taken to.
     """
+    _check_comparison(runs, last, target)
     from fedjax_qp.report import write_report
 
     output = output or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
-    write_report(list(runs), output, last=last, target=target, baseline=baseline)
-    Console().print(f"report: {output}")
+    with _writing(output):
+        write_report(list(runs), output, last=last, target=target, baseline=baseline)
+    Console().print(f"report: {output}", markup=False)
     return 0
 
 
 def inspect(
-    runs: Positional[tuple[Path, ...]],
+    runs: RunFolders,
     *,
-    what: tuple[What, ...] = (),
-    round: int | None = None,
-    output: Path | None = None,
-    settings: tyro.conf.OmitArgPrefixes[Settings] = Settings(),  # noqa: B008 (frozen)
+    what: Instruments = (),
+    round: Annotated[int | None, UNSET] = None,
+    output: Output = None,
+    settings: Annotated[Settings, tyro.conf.OmitArgPrefixes] = Settings(),  # noqa: B008 (frozen)
 ) -> int:
     """Looks at runs' checkpoints: loss surface, sharpness, curvature, conflict, mutations, fairness. Files go to RUN/inspect.
 
@@ -219,22 +278,22 @@ def inspect(
       output: writes the table as a CSV file.
       settings: sizes and radii.
     """
+    if not runs:
+        raise ConfigurationError("no run is named: give one or more run folders, such as runs/mnist5k-seed0.")
     from fedjax_qp.instruments.inspection import inspect_runs, side_by_side, to_csv
 
     console = Console()
     found = inspect_runs(list(runs), what=what, round=round, settings=settings, console=console)
     console.print(side_by_side(found))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        to_csv(found, output)
+        with _writing(output):
+            to_csv(found, output)
     for one in found:
-        console.print(f"numbers and figures: {one.files[0].parent}")
+        console.print(f"numbers and figures: {one.files[0].parent}", markup=False)
     return 0
 
 
-def adapters(
-    run: Positional[Path], *, output: Path | None = None, view: Literal["aggregated", "tuned"] = "aggregated"
-) -> int:
+def adapters(run: RunFolder, *, output: Output = None, view: Literal["aggregated", "tuned"] = "aggregated") -> int:
     """Writes every client's adapter of an instruction-tuning run as a PEFT folder.
 
     Args:
@@ -247,15 +306,17 @@ def adapters(
 
     experiment, state = restore(run)
     written = export_clients(experiment, state, output or run / "adapters", view)
-    Console().print(f"{len(written)} adapters: {written[0].parent}")
+    Console().print(f"{len(written)} adapters: {written[0].parent}", markup=False)
     return 0
 
 
 def answer(
-    run: Positional[Path],
-    instructions: Positional[tuple[str, ...]],
+    run: RunFolder,
+    instructions: Annotated[
+        tuple[str, ...], Positional, tyro.conf.arg(metavar="QUESTION [QUESTION ...]", help_behavior_hint="")
+    ],
     *,
-    client: int | None = None,
+    client: Annotated[int | None, UNSET] = None,
     view: Literal["aggregated", "tuned"] = "aggregated",
     new_tokens: int = 64,
 ) -> int:
@@ -268,6 +329,12 @@ def answer(
       view: as after the last aggregation, or as the client left its own training.
       new_tokens: longest answer.
     """
+    if not instructions:
+        raise ConfigurationError(
+            "no question is asked: give one or more instructions in quotes, after the run's folder."
+        )
+    if new_tokens < 1 or (client is not None and client < 0):
+        raise ConfigurationError(f"--new-tokens {new_tokens} must be at least 1, and --client at least 0.")
     from fedjax_qp.adapters import answer as answers_of
     from fedjax_qp.adapters import client_params, language_of
     from fedjax_qp.run import restore
@@ -282,10 +349,10 @@ def answer(
 
 
 def memory(
-    config: Positional[Path],
-    overrides: Positional[tuple[str, ...]] = (),
+    config: File,
+    overrides: Overrides = (),
     *,
-    clients: int | None = None,
+    clients: Annotated[int | None, UNSET] = None,
     sequences_per_client: int = 1000,
 ) -> int:
     """Says how many bytes a run of a language model takes on each device; reads neither weights nor data.
@@ -296,9 +363,7 @@ def memory(
       clients: number of clients in the federation; default the cohort.
       sequences_per_client: packed training sequences of each client.
     """
-    from fedjax_qp import config as configuration
-
-    loaded = configuration.load(config, list(overrides))
+    (loaded,) = _configs(config, overrides, None)
     engine = loaded.engine
     needed = (1 if engine.devices == "auto" else engine.devices) * engine.model_devices
     if "jax" not in sys.modules:  # the mesh is made of host devices, whatever this machine has
@@ -321,7 +386,7 @@ def memory(
     return 0
 
 
-def list_parts(what: Positional[str] = "all") -> int:
+def list_parts(what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] = "all") -> int:
     """Lists algorithms, data sources, partitions and models with their options and defaults; or explains one of them.
 
     Args:
@@ -330,30 +395,103 @@ def list_parts(what: Positional[str] = "all") -> int:
     """
     from fedjax_qp.listing import listing
 
-    for item in listing(what):
-        Console().print(item, markup=False, highlight=False, soft_wrap=isinstance(item, str))
+    console = Console()
+    for item in listing(what, width=min(console.width, 120)):
+        console.print(item, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run,
+    "resume": resume,
+    "sweep": sweep,
+    "compare": compare,
+    "report": report,
+    "inspect": inspect,
+    "adapters": adapters,
+    "answer": answer,
+    "memory": memory,
+    "list": list_parts,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; configuration errors end with one readable line and status 2."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    commands = {
-        "run": run,
-        "resume": resume,
-        "sweep": sweep,
-        "compare": compare,
-        "report": report,
-        "inspect": inspect,
-        "adapters": adapters,
-        "answer": answer,
-        "memory": memory,
-        "list": list_parts,
-    }
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        print(f"fedjax-qp {__version__}")
+        sys.exit(0)
     keep_programs()
     try:
-        status = tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="fedjax-qp")
+        status = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=_understood(arguments),
+            prog="fedjax-qp",
+            description="Simulates federated learning; --version says which one this is.",
+            config=(tyro.conf.DisallowNone,),
+        )
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def _understood(arguments: list[str]) -> list[str]:
+    """The arguments with seeds as the parser wants them.
+
+    Raises:
+      ConfigurationError: there is no such command or option; what was meant is named.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise unknown_name("command", name, COMMANDS)
+    options = _options(COMMANDS[name])
+    for place, argument in enumerate(rest):
+        option, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and option.replace("-", "_") not in options:
+            raise _unknown_option(name, option, value if equals else "".join(rest[place + 1 : place + 2]), options)
+    return [name, *_with_seeds_apart(rest)] if name == "run" else arguments
+
+
+def _options(command: Callable) -> set[str]:
+    """The names of a command's options, with those of the groups of options that it takes."""
+    found = {"help", "tyro_print_completion", "tyro_write_completion"}
+    hints = get_type_hints(command)
+    for parameter in signature(command).parameters.values():
+        kind = hints[parameter.name]
+        inner = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {parameter.name: kind}
+        found |= inner.keys() | {f"no_{name}" for name, of_what in inner.items() if of_what is bool}
+    return found
+
+
+def _unknown_option(command: str, option: str, value: str, options: set[str]) -> ConfigurationError:
+    """Settings are not options: `--rounds 10` is meant to be `rounds=10`."""
+    meant = [f"--{one.replace('_', '-')}" for one in nearest_names(option.replace("-", "_"), sorted(options))]
+    if "overrides" in options:
+        value = value if value and not value.startswith("-") else "…"
+        meant = [
+            f"{one}={value}" for one in nearest_names(option.replace("-", "_"), configuration.every_name())
+        ] + meant
+    hint = f" Did you mean {' or '.join(meant[:3])}?" if meant else ""
+    rule = " Settings are written key=value, without dashes." if "overrides" in options else ""
+    return ConfigurationError(
+        f"`fedjax-qp {command}` has no option --{option}.{hint}{rule} See fedjax-qp {command} --help."
+    )
+
+
+def _with_seeds_apart(arguments: list[str]) -> list[str]:
+    """`--seeds=0,1` and `--seeds 0,1` as `--seeds 0 1`, and settings that follow the seeds before them."""
+    places = [place for place, one in enumerate(arguments) if one.partition("=")[0] == "--seeds"]
+    if not places:
+        return arguments
+    start = places[0]
+    end = next(
+        (place for place in range(start + 1, len(arguments)) if arguments[place].startswith("--")), len(arguments)
+    )
+    given = [arguments[start].partition("=")[2], *arguments[start + 1 : end]]
+    settings = [one for one in given if "=" in one]
+    seeds = [seed for one in given if "=" not in one for seed in re.split("[, ]+", one) if seed]
+    return [*arguments[:start], *settings, "--seeds", *seeds, *arguments[end:]]

@@ -337,7 +337,7 @@ def check_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            raise unknown_name("setting", f"{prefix}{key}", [prefix + name for name in fields], _every_name())
+            raise unknown_name("setting", f"{prefix}{key}", [prefix + name for name in fields], every_name())
         inner = _group(fields[key].type)
         if inner is not None and not (value is None and inner is not fields[key].type):
             if not isinstance(value, dict):
@@ -345,10 +345,11 @@ def check_keys(values: dict[str, Any], cls: type, prefix: str = "") -> None:
             check_keys(value, inner, f"{prefix}{key}.")
 
 
-def _every_name() -> list[str]:
+def every_name() -> list[str]:
     """The dotted names of all settings of a run, with options that many parts have."""
+    own = [field.name for field in dataclasses.fields(Config)]
     inner = [f"{group}.{field.name}" for group, cls in groups().items() for field in dataclasses.fields(cls)]
-    return [*inner, "partition.clients", "partition.beta", "algorithm.alpha", "algorithm.proximal"]
+    return [*own, *inner, "partition.clients", "partition.beta", "algorithm.alpha", "algorithm.proximal"]
 
 
 def groups() -> dict[str, type]:

@@ -26,13 +26,15 @@ import os
 from collections.abc import Iterable, Set
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedjax_qp.plan import Plan
 from fedjax_qp.registry import ConfigurationError
+
+if TYPE_CHECKING:  # comparing needs no JAX
+    from fedjax_qp.plan import Plan
 
 FILE = "records.jsonl"
 # Beside it, once a run goes no further:
@@ -47,7 +49,7 @@ _QUANTILES = {"q05": 0.05, "q10": 0.10, "q25": 0.25, "q50": 0.50, "q75": 0.75, "
 
 def chunk_records(
     metrics: dict[str, np.ndarray],
-    plan: Plan,
+    plan: "Plan",
     first_round: int,
     label_shares: Float[np.ndarray, "K C"] | None,
     seen: Set[int] = frozenset(),
@@ -79,7 +81,7 @@ def chunk_records(
     return records
 
 
-def nonfinite_clients(metrics: dict[str, np.ndarray], plan: Plan, first_round: int) -> tuple[int, list[int]] | None:
+def nonfinite_clients(metrics: dict[str, np.ndarray], plan: "Plan", first_round: int) -> tuple[int, list[int]] | None:
     """Finds the first round of a chunk in which training left the finite numbers.
 
     A loss is taken before its step, so a divergence in a client's last step shows only in its other metrics (the norm of
@@ -135,11 +137,13 @@ def rounds_to_reach(records: Iterable[dict], accuracy: float) -> int | None:
     return None
 
 
-def _reporting(plan: Plan, index: int) -> Bool[np.ndarray, "M"]:
+def _reporting(plan: "Plan", index: int) -> Bool[np.ndarray, "M"]:
     return np.asarray(plan.cohorts.steps[index]) > 0
 
 
-def _record(row: dict[str, np.ndarray], plan: Plan, index: int, round: int, label_shares: np.ndarray | None) -> dict:
+def _record(
+    row: dict[str, np.ndarray], plan: "Plan", index: int, round: int, label_shares: np.ndarray | None
+) -> dict:
     reporting = _reporting(plan, index)
     record: dict[str, Any] = {
         "round": round,

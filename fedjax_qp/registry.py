@@ -40,18 +40,18 @@ def unknown_name(kind: str, name: str, valid: Iterable[str], elsewhere: Iterable
       valid: the names that could stand in its place; the nearest are named first, and the others only where they are few.
       elsewhere: further ones that may have been meant, in full.
     """
-    valid = sorted(valid)
-    nearest = _nearest(str(name), [*valid, *elsewhere])
+    valid = sorted(set(valid))
+    nearest = nearest_names(str(name), list(dict.fromkeys([*valid, *elsewhere])))
     hint = f"did you mean {' or '.join(nearest)}? " if nearest else ""
     listed = ", ".join(valid[:_MOST_NAMES]) or "none"
     more = f", … ({len(valid)} in all)" if len(valid) > _MOST_NAMES else ""
     return ConfigurationError(f"unknown {kind} {shown(name)}: {hint}Valid: {listed}{more}.")
 
 
-def _nearest(name: str, names: list[str]) -> list[str]:
+def nearest_names(name: str, names: list[str]) -> list[str]:
     """At most three names: those with the same last part, in these words or in usual ones, or else those spelt alike."""
     last = name.rpartition(".")[2].lower().replace("-", "_")
-    same = [one for one in dict.fromkeys(names) if one.rpartition(".")[2] in (last, _USUAL.get(last))]
+    same = [one for one in names if one.rpartition(".")[2] in (last, _USUAL.get(last))] if last != "yaml" else []
     return same[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.5)
 
 

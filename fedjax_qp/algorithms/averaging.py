@@ -85,7 +85,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 @algorithms.register
 def fedavg(model: Model, optimizer: optax.GradientTransformation, *, weighting: Weighting = "size") -> Algorithm:
-    """Federated averaging, by number of examples or uniform."""
+    """Averages the clients' models, by number of examples or uniformly."""
     return averaging(model, optimizer, optax.sgd(1.0), weighting=weighting)
 
 
@@ -110,7 +110,7 @@ def fedavgm(
     server_learning_rate: Positive = 1.0,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """Server momentum: heavy ball on the pseudo-gradient."""
+    """FedAvg with momentum on the server: heavy ball on the pseudo-gradient."""
     return averaging(model, optimizer, optax.sgd(server_learning_rate, momentum), weighting=weighting)
 
 
@@ -125,7 +125,7 @@ def fedadam(
     adaptivity: Positive = 1e-3,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """Adam on the server.
+    """FedAvg with Adam on the server.
 
     Deviations from algorithm 2 of the paper: clients are weighted by size (there uniformly, `weighting: uniform`); and two
     of optax's: the moments' initial bias is corrected, and v starts at 0, where the paper asks for at least adaptivity². So
@@ -146,7 +146,7 @@ def fedyogi(
     adaptivity: Positive = 1e-3,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """Yogi on the server.
+    """FedAvg with Yogi on the server.
 
     Deviations from algorithm 2 of the paper: clients are weighted by size (there uniformly, `weighting: uniform`); and two
     of optax's: the moments' initial bias is corrected, and both start at 1e-6, whatever `adaptivity` is; the paper asks for

@@ -117,7 +117,7 @@ def clustered_sampling(
     by: Literal["similarity", "size"] = "similarity",
     measure: Measure = "angle",
 ) -> Algorithm:
-    """FedAvg with clustered sampling.
+    """FedAvg whose cohorts have one client of each cluster of alike clients, for less variance (CluSamp).
 
     Args:
       by: algorithm 2, or algorithm 1. The former keeps every client's last update, and needs `engine.rounds_per_chunk: 1`.

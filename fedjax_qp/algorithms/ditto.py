@@ -45,7 +45,7 @@ def ditto(
     proximal: Annotated[float, Field(ge=0)] = 0.1,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """Ditto.
+    """FedAvg, and besides it a personal model of every client that is held near the global one (Ditto).
 
     Args:
       proximal: λ; 0 is local training of v_k, and the paper chooses it by validation.

@@ -50,7 +50,7 @@ def feddyn(
     alpha: Annotated[float, Field(ge=0)] = 0.01,
     served: Literal["server", "average"] = "server",
 ) -> Algorithm:
-    """FedDyn.
+    """A linear term in each client's loss makes the clients' optima agree with the global one (FedDyn).
 
     Args:
       alpha: α; the paper's choices are 0.1, 0.01 and 0.001.

@@ -132,7 +132,7 @@ def fedgen(
     hidden: Count = 256,
     weighting: Weighting = "uniform",
 ) -> Algorithm:
-    """FedGen.
+    """A generator on the server, made from the clients' classifiers, teaches them features of all classes (FedGen).
 
     Args:
       distillation: weight of the loss on generated features in a client's; 0 is FedAvg.

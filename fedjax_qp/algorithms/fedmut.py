@@ -133,7 +133,7 @@ def fedmut(
     beta0: Annotated[float, Field(ge=0, le=1)] = 0.3,
     mutation_rounds: Annotated[int, Field(ge=1)] = 50,
 ) -> Algorithm:
-    """FedMut with the paper's defaults.
+    """Sends each client a mutant of the global model, moved along the last update layer by layer (FedMut).
 
     Args:
       alpha: α, length of a mutation in units of the last global update.

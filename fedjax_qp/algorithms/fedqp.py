@@ -73,7 +73,7 @@ def fedqp(
     epsilon: Annotated[float, Field(gt=0)] = 1e-3,
     use: Use = "corrected",
 ) -> Algorithm:
-    """FedMut with corrected mutations.
+    """FedMut whose mutations a quadratic program turns towards the global update (FedQP).
 
     The defaults are the best of our comparison at the published local setting (benchmarks/results/cifar10_lenet_0_1-main.md),
     not the paper's; with plain SGD "joint" at alpha 1 and drift 0.7 was better (…/cifar10_lenet_0_1_sgd-main.md).

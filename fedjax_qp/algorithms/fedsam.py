@@ -66,7 +66,7 @@ def fedsam(
     adaptivity: Annotated[float, Field(ge=0)] = 0.2,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """FedSAM, or FedASAM.
+    """Clients step by the gradient at the worst point nearby, for flat minima (FedSAM; adaptive: FedASAM).
 
     Args:
       radius: ρ. The default is SAM's; FedASAM's is larger (Caldarola et al. take up to 0.7).

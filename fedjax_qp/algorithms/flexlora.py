@@ -57,7 +57,7 @@ def flexlora(
     levels: tuple[Level, ...] = (0.5, 1.5),
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """FlexLoRA.
+    """Clients of different LoRA ranks; the server averages full updates and cuts them back by SVD (FlexLoRA).
 
     Args:
       expansion: e, factor on the model's rank: room for the richest clients.

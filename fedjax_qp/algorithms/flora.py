@@ -62,7 +62,7 @@ def draw(like: PyTree, key: Any) -> PyTree:
 def flora(
     model: Model, optimizer: optax.GradientTransformation, *, expansion: Expansion = 1, weighting: Weighting = "size"
 ) -> Algorithm:
-    """FLoRA with equal ranks.
+    """Stacks the clients' LoRA adapters and merges them into the base in every round (FLoRA, with equal ranks).
 
     Args:
       expansion: e, factor on the model's rank (and its alpha, so that the scale stays).

@@ -51,7 +51,7 @@ def hetlora(
     expansion: Expansion = 2,
     levels: tuple[Level, ...] = (0.5, 1.5),
 ) -> Algorithm:
-    """HetLoRA without self-pruning.
+    """Clients of different LoRA ranks, padded with zeros and weighed by their norms (HetLoRA without self-pruning).
 
     Args:
       expansion: e, factor on the model's rank: room for the richest clients.

@@ -62,7 +62,7 @@ def moon(
     temperature: Annotated[float, Field(gt=0)] = 0.5,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """MOON.
+    """A contrastive loss draws features to the global model's and away from the client's last ones (MOON).
 
     Args:
       contrastive: μ; 0 is FedAvg. The paper chooses 1 for CIFAR-100 and Tiny-ImageNet, 5 for CIFAR-10, of 0.1, 1, 5 and 10.

@@ -108,7 +108,7 @@ def perfit(
     personal_mix: Mix = 1.0,
     weighting: Weighting = "size",
 ) -> Algorithm:
-    """PerFIT with searched masks, or with random ones as a control.
+    """Each client searches its own sparse LoRA module (PerFIT), or draws it at random as a control.
 
     Args:
       expansion: e, factor on the model's rank; the search prunes back to 1/e of the entries.

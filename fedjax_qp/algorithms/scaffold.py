@@ -72,7 +72,7 @@ def scaffold(
     server_learning_rate: Annotated[float, Field(gt=0)] = 1.0,
     weighting: Weighting = "uniform",
 ) -> Algorithm:
-    """SCAFFOLD.
+    """Control variates take the clients' drift out of their gradients (SCAFFOLD).
 
     Args:
       option: how a client renews its control variate, see the module. The paper's experiments all use II; I was seen to
