@@ -302,11 +302,18 @@ def read_records(file: Path) -> None:
         assert record.response.strip()
         for text in (record.instruction, record.context, record.response, record.category):
             text.encode("utf-8")  # a lone surrogate has no bytes, and no tokenizer takes it
-    text = file.read_text(encoding="utf-8-sig").strip()
-    if not text.startswith("["):
-        values = [json.loads(line, object_pairs_hook=lambda pairs: pairs) for line in text.splitlines() if line.strip()]
-        assert all(len(dict(pairs)) == len(pairs) for pairs in values), "a repeated key was accepted"
-        assert len(values) == len(dataset.train.records)
+    text, values, place = file.read_text(encoding="utf-8-sig"), [], 0
+    if text.lstrip().startswith("["):
+        return
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs)
+    while place < len(text):  # values may also follow one another in a line, or fill several
+        if text[place] in " \t\n\r,":
+            place += 1
+            continue
+        value, place = decoder.raw_decode(text, place)
+        values.append(value)
+    assert all(len(dict(pairs)) == len(pairs) for pairs in values), "a repeated key was accepted"
+    assert len(values) == len(dataset.train.records)
 
 
 SETTINGS = """\
