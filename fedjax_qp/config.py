@@ -18,6 +18,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from fedjax_qp import strict
+from fedjax_qp.files import write_whole
 from fedjax_qp.registry import MOST_REASONS, ConfigurationError, reason, unknown_name
 from fedjax_qp.values import (
     Count,
@@ -222,9 +223,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def save(config: Config, path: Path) -> None:
     """Writes a configuration; a kill in the middle leaves the old file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    partial.replace(path)
+    write_whole(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:

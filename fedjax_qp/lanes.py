@@ -9,7 +9,6 @@ A number of lanes whose program would not fit the device's memory, by the compil
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from fedjax_qp.devices import choices
 from fedjax_qp.engine import bytes_needed
 from fedjax_qp.experiment import Experiment, first_state, join_states, start_shared_engine, with_layout
 from fedjax_qp.federated import FederatedState
+from fedjax_qp.files import write_json
 from fedjax_qp.plan import Plan, Workload, longest_lane, plan_together, sample_cohort
 from fedjax_qp.registry import ConfigurationError
 
@@ -103,9 +103,7 @@ class LayoutChoice(NamedTuple):
         """Leaves the choice in a run's folder."""
         trials = [{**trial._asdict(), "round_seconds": trial.round_seconds} for trial in self.trials]
         too_large = [{**found._asdict(), "budget": found.budget._asdict()} for found in self.too_large]
-        (folder / "lanes.json").write_text(
-            json.dumps({**self._asdict(), "trials": trials, "too_large": too_large}, indent=2)
-        )
+        write_json(folder / "lanes.json", {**self._asdict(), "trials": trials, "too_large": too_large})
 
 
 def _layout(lanes: int, devices: int) -> str:

@@ -4,6 +4,7 @@ import fcntl
 from pathlib import Path
 from typing import IO
 
+from fedjax_qp.files import writing
 from fedjax_qp.registry import ConfigurationError
 
 
@@ -23,9 +24,10 @@ def lock_folder(folder: Path, name: str, what: str) -> IO[str]:
       what: what the other process would be doing, for the message.
 
     Raises:
-      ConfigurationError: another process holds it.
+      ConfigurationError: another process holds it, or the folder cannot be written.
     """
-    file = (folder / name).open("a")
+    with writing(folder / name):
+        file = (folder / name).open("a")
     if not lock_now(file):
         file.close()
         raise ConfigurationError(f"another process {what} in {folder}: wait for it, or end it.")

@@ -1,8 +1,9 @@
 """How long a run takes until its first round begins: printed, and in the run's folder. The records know no clock."""
 
-import json
 import time
 from pathlib import Path
+
+from fedjax_qp.files import write_json
 
 FILE = "startup.json"
 
@@ -21,7 +22,7 @@ class Startup:
         self._since = now
 
     def write(self, folder: Path) -> None:
-        (folder / FILE).write_text(json.dumps({phase: round(value, 3) for phase, value in self.seconds.items()}))
+        write_json(folder / FILE, {phase: round(value, 3) for phase, value in self.seconds.items()})
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())
