@@ -1,6 +1,8 @@
 """Records against numbers worked out by hand, and run folders after a kill."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +269,77 @@ def test_not_a_run_folder(tmp_path):
         records.read(tmp_path)
     with pytest.raises(ConfigurationError, match="no such folder"):
         records.read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("found", "finished", "said"),
+    [
+        ([1, 2, 3], 3, None),
+        ([], 0, None),
+        ([1, 2, 3], None, None),
+        ([], 3, "rounds 1 to 3 of 3 missing"),
+        ([1, 2], 4, "rounds 3 to 4 of 4 missing"),
+        ([1, 3, 4, 6], None, "round 2 and 1 more of 6 missing"),
+        ([1, 2, 2, 3], 3, "round 2 stands there 2 times"),
+        ([1, 3, 2], 3, "the rounds stand in another order"),
+    ],
+)
+def test_gaps_are_named(found, finished, said):
+    assert records.gap([{"round": round} for round in found], finished) == said
+
+
+def test_records_reach_at_least_as_far_as_the_newest_checkpoint(tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    assert records.missing(tmp_path, [{"round": 1}]) == "rounds 2 to 4 of 4 missing"
+    assert records.missing(tmp_path, [{"round": n} for n in range(1, 6)]) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "null",
+        "[1]",
+        '{"train_loss": 1}',
+        '{"round": null}',
+        '{"round": "2"}',
+        '{"round": true}',
+        '{"round": 0}',
+        '{"round": 2.0}',
+        '{"round": 2, "round": 3}',
+        '{"round": 2, "train_loss": NaN}',
+        '{"round": 2, "test_accuracy": "high"}',
+        '{"round": 2, "test_accuracy": [1]}',
+        '{"round": 2, "client_accuracy": "high"}',
+        '{"round": 2, "personal": 5}',
+        '{"round": 2, "x": ' + "[" * 100_000,
+    ],
+)
+def test_what_is_no_record_is_refused_with_its_line(tmp_path, line):
+    for place, text in ((2, f'{{"round": 1}}\n{line}\n{{"round": 3}}\n'), (2, f'{{"round": 1}}\n{line}\n')):
+        (tmp_path / records.FILE).write_text(text)
+        with pytest.raises(ConfigurationError, match=f"line {place} is not a record") as error:
+            records.read(tmp_path)
+        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    with Recorder(tmp_path) as recorder:
+        recorder.write(made_records(1, 1))
+
+        def full(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(records.os, "fsync", full)
+        with pytest.raises(ConfigurationError, match="No space left on device.*free some space"):
+            recorder.write(made_records(2, 2))
+        monkeypatch.undo()
+
+
+def test_the_headline_is_what_the_task_is_judged_by():
+    accuracies = {"test_accuracy": 0.5, "class_accuracy": [0.4, 0.6]}
+    personal = {"personal": {"perplexity": {"mean": 3.0}}}
+    assert records.headline({"round": 1}) is None
+    assert records.headline({"round": 1, **accuracies}) == ("accuracy", 0.5)
+    assert records.headline({"round": 1, **accuracies, **personal}) == ("accuracy", 0.5)  # Ditto on images
+    assert records.headline({"round": 1, "test_accuracy": 0.5, **personal}) == ("perplexity", 3.0)
