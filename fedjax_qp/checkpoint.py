@@ -4,19 +4,22 @@ Every checkpoint is a folder named after its round:
 
     <folder>/<round>/state          written by orbax: the leaves of the `FederatedState` by name
     <folder>/<round>/facts.json     accuracy, and the leaves of size zero
-    <folder>/<round>/digests.json   of every file: orbax misses some flipped bits, and is noisy about those it notices
+    <folder>/<round>/digests.json   of every file: orbax misses some flipped bits
 
 Orbax's own `CheckpointManager` is not used: it refuses to save a round again after a fallback to an older one, and it
 holds up its caller twenty times longer than a copy of the state takes.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
-import json
+import logging
 import math
 import shutil
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +31,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped
 
 from fedjax_qp.federated import FederatedState
+from fedjax_qp.files import read_mark, sync_folder, write_json
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.strict import load_json
 
 Leaves = dict[str, Shaped[np.ndarray, "..."]]
 _PARTIAL, _DISCARDED = ".partial", ".discarded"  # a killed process leaves them behind; the next save removes them
@@ -89,16 +94,19 @@ class Checkpoints:
         accuracy = None if accuracy is None or math.isnan(accuracy) else float(accuracy)
         self._pending = self._worker.submit(self._write, round, leaves, accuracy)
 
-    def restore(self, like: FederatedState) -> FederatedState | None:
+    def restore(self, like: FederatedState, among: Sequence[int] | None = None) -> FederatedState | None:
         """Returns the newest readable state as numpy arrays, bitwise as it was saved; None when there is none at all.
 
         Warns about each damaged checkpoint that it passes over. Placing the arrays on devices is the caller's part.
-        `like` gives the structure, shapes and dtypes to expect, by arrays or `jax.ShapeDtypeStruct`s.
+
+        Args:
+          like: gives the structure, shapes and dtypes to expect, by arrays or `jax.ShapeDtypeStruct`s.
+          among: rounds to choose from; default all that have a checkpoint.
 
         Raises:
           ConfigurationError: the checkpoint is of another form than `like`, or all checkpoints are damaged.
         """
-        return self._first_readable(self.rounds()[::-1], like)
+        return self._first_readable(sorted(self.rounds() if among is None else among, reverse=True), like)
 
     def restore_best(self, like: FederatedState) -> FederatedState | None:
         """As `restore`, but the most accurate one (of equals the first); None where no checkpoint has an accuracy."""
@@ -125,6 +133,12 @@ class Checkpoints:
         self.wait()
         return self._stored()
 
+    def discard_after(self, round: int) -> None:
+        """Removes the checkpoints of later rounds: the run goes back to `round`."""
+        for stored in reversed(self.rounds()):
+            if stored > round:
+                self._discard(stored)
+
     def wait(self) -> None:
         """Returns when everything is on disk; raises ConfigurationError if the save that was under way failed."""
         pending, self._pending = self._pending, None
@@ -132,10 +146,11 @@ class Checkpoints:
             if pending is not None:
                 pending.result()
         except Exception as error:  # orbax and tensorstore raise a dozen types; all mean that nothing was saved
+            what = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
             raise ConfigurationError(
-                f"could not save a checkpoint in {self._folder}: {type(error).__name__}: {error}. "
+                f"could not save a checkpoint in {self._folder}: {what}. "
                 "Check that the folder still exists, is writable and has space left, then resume the run."
-            ) from error
+            ) from None
 
     def close(self) -> None:
         """Waits, then frees the background thread; the object cannot be used afterwards."""
@@ -158,12 +173,9 @@ class Checkpoints:
         """Returns the accuracies of those checkpoints that have one."""
         accuracies = {}
         for round in rounds:
-            try:
-                accuracy = json.loads((self._folder / str(round) / "facts.json").read_text())["accuracy"]
-                if accuracy is not None:
-                    accuracies[round] = float(accuracy)
-            except Exception:  # whatever is wrong with it, `_first_readable` is the place that says so
-                accuracies[round] = unreadable
+            accuracy = (read_mark(self._folder / str(round) / "facts.json") or {}).get("accuracy", unreadable)
+            if accuracy is not None:  # whatever is wrong with it, `_first_readable` is the place that says so
+                accuracies[round] = float(accuracy) if isinstance(accuracy, int | float) else unreadable
         return accuracies
 
     def _write(self, round: int, leaves: Leaves, accuracy: float | None) -> None:
@@ -173,14 +185,16 @@ class Checkpoints:
         partial = self._folder / f"{round}{_PARTIAL}"
         filled = {name: leaf for name, leaf in leaves.items() if leaf.size}  # orbax has no arrays of size zero
         empty = {name: [leaf.dtype.name, leaf.shape] for name, leaf in leaves.items() if not leaf.size}
-        self._checkpointer.save(partial / "state", args=ocp.args.StandardSave(filled))
-        (partial / "facts.json").write_text(json.dumps({"accuracy": accuracy, "empty": empty}))
+        with _quiet_orbax():
+            self._checkpointer.save(partial / "state", args=ocp.args.StandardSave(filled))
+        write_json(partial / "facts.json", {"accuracy": accuracy, "empty": empty})
         digests = {path.relative_to(partial).as_posix(): _digest(path) for path in partial.rglob("*") if path.is_file()}
-        (partial / "digests.json").write_text(json.dumps(digests))
+        write_json(partial / "digests.json", digests)
         for stored in self._stored():
             if stored >= round:
                 self._discard(stored)
         partial.rename(self._folder / str(round))
+        sync_folder(self._folder)
         accuracies = self._accuracies(self._stored(), unreadable=-math.inf)
         best = max(accuracies, key=accuracies.__getitem__, default=None)
         for stored in self._stored()[: -self._keep]:
@@ -193,12 +207,17 @@ class Checkpoints:
 
     def _read(self, round: int) -> Leaves:
         checkpoint = self._folder / str(round)
-        for name, digest in json.loads((checkpoint / "digests.json").read_text()).items():
+        digests = load_json((checkpoint / "digests.json").read_bytes(), "digests.json")
+        states = {path.relative_to(checkpoint).as_posix() for path in checkpoint.glob("state/**/*") if path.is_file()}
+        if not states or not states | {"facts.json"} <= digests.keys():
+            raise ValueError("digests.json does not name the files that are there")
+        for name, digest in digests.items():
             if _digest(checkpoint / name) != digest:
                 raise ValueError(f"{name} does not match its digest")
-        facts = json.loads((checkpoint / "facts.json").read_text())
+        facts = load_json((checkpoint / "facts.json").read_bytes(), "facts.json")
         empty = {name: np.zeros(shape, jnp.dtype(dtype)) for name, (dtype, shape) in facts["empty"].items()}
-        filled = self._checkpointer.restore(checkpoint / "state", args=ocp.args.StandardRestore())
+        with _quiet_orbax():
+            filled = self._checkpointer.restore(checkpoint / "state", args=ocp.args.StandardRestore())
         return {name: np.asarray(leaf) for name, leaf in filled.items()} | empty
 
     def _first_readable(self, candidates: list[int], like: FederatedState) -> FederatedState | None:
@@ -216,6 +235,25 @@ class Checkpoints:
                 "Restore the folder from a backup, or delete it to start over."
             )
         return None
+
+
+_quiet, _quiet_lock = 0, threading.Lock()  # how many threads are in `_quiet_orbax`
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keeps orbax's tracebacks from the terminal: what went wrong comes back as an exception, and is said in one line."""
+    global _quiet
+    logger = logging.getLogger("absl")
+    with _quiet_lock:
+        _quiet += 1
+        logger.disabled = True
+    try:
+        yield
+    finally:
+        with _quiet_lock:
+            _quiet -= 1
+            logger.disabled = _quiet > 0
 
 
 def _check_writable(folder: Path) -> None:

@@ -1,7 +1,11 @@
 """What is restored is bitwise what was saved, whatever happened to the process, the buffers or the files meanwhile."""
 
+import hashlib
+import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -121,6 +125,10 @@ DAMAGES = {
     "facts removed": lambda folder: (folder / "facts.json").unlink(),
     "digests garbled": lambda folder: (folder / "digests.json").write_bytes(b"\xff\xfe[1"),
     "digests of another form": lambda folder: (folder / "digests.json").write_text("[1]"),
+    "digests of no file": lambda folder: (folder / "digests.json").write_text("{}"),
+    "digests of one file": lambda folder: (folder / "digests.json").write_text(
+        json.dumps({"facts.json": hashlib.blake2b((folder / "facts.json").read_bytes()).hexdigest()})
+    ),
     "empty": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 
@@ -290,6 +298,36 @@ def test_a_save_that_fails_in_the_background_is_reported_by_the_next_call(tmp_pa
     checkpoints.save(make_state(1), accuracy=None)
     with pytest.raises(ConfigurationError, match=r"could not save a checkpoint in .*folder: .* Check that the folder"):
         checkpoints.close()
+
+
+def test_a_disk_that_is_full_gives_one_line_and_keeps_what_was_saved(tmp_path, capfd, caplog):
+    """Orbax's tracebacks stay out of the terminal."""
+    fill(tmp_path, [1], keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # no file may grow beyond 100 bytes
+        checkpoints.save(make_state(2), accuracy=None)
+        with pytest.raises(
+            ConfigurationError, match="could not save a checkpoint in .* space left, then resume"
+        ) as error:
+            checkpoints.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "") and not caplog.records
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        check_equal(checkpoints.restore(make_state(0)), make_state(1))
+
+
+def test_a_run_that_goes_back_removes_what_came_later(three_rounds, tmp_path):
+    folder = copy_of(three_rounds, tmp_path)
+    with Checkpoints(folder, keep=3) as checkpoints:
+        checkpoints.discard_after(1)
+        assert checkpoints.rounds() == [1]
+        check_equal(checkpoints.restore(make_state(0)), make_state(1))
 
 
 def test_ordinary_use_is_silent_and_leaves_no_threads(tmp_path, capfd, caplog):
