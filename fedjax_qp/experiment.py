@@ -224,7 +224,8 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
     parts = partitions[config.partition.name](dataset, numbers, **partitions.own(config.partition.options))
     check_partition(parts, dataset)
     if fitting is language_models:
-        return instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
+        task = instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
+        return task._replace(dataset=dataset)
     task = classification_task(config, dataset, parts, fitting)
     evaluated = ("model", "evaluation", "precision")
     if shared is not None and all(getattr(shared.config, part) == getattr(config, part) for part in evaluated):

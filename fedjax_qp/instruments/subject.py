@@ -1,6 +1,7 @@
 """What the instruments look at: a run, and its model at one checkpoint."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from fedjax_qp.federated import Algorithm, FederatedState, Params
 from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
 from fedjax_qp.instruments.settings import Settings
+from fedjax_qp.provenance import provenance
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.streams import Stream, generator
 
@@ -77,6 +79,8 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     if not kept:
         raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
     experiment = build(_on_one_device(config), like.experiment if like is not None else None)
+    (made_of,) = provenance([experiment])
+    made_of.check(folder, warnings.warn)
     return InspectedRun(folder, experiment, kept, records.read(folder), make_replay(experiment), _fedmut(experiment))
 
 

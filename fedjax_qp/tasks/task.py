@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from fedjax_qp.data import Dataset
+from fedjax_qp.data.instructions import Instructions
 from fedjax_qp.engine import PersonalTests, TestSet
 from fedjax_qp.federated import Model
 from fedjax_qp.models.adapted import AdaptedModel
@@ -24,7 +25,7 @@ class Task(NamedTuple):
     counts: Int[np.ndarray, "K C"]  # training records per client and class, for the partition's table and figure
     class_names: tuple[str, ...]
     shares: Float[np.ndarray, "K C"] | None  # per client, its mixture of the classes; None where tests count tokens
-    dataset: Dataset | None = None  # what it was made of, where another run may be made of the same
+    dataset: Dataset | Instructions | None = None  # what it was made of, where another run may be made of the same
     frozen_axes: PyTree = None  # of each frozen array, the axis along which devices may share it, or None
     language: AdaptedModel | None = None  # of instruction tuning
     notes: tuple[str, ...] = ()  # what a user should know of the data before the run
