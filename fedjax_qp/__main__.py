@@ -1,5 +1,8 @@
 """`python -m fedjax_qp` is `fedjax-qp`."""
 
-from fedjax_qp.cli import main
+from fedjax_qp.terminal import guarded
 
-main()
+with guarded():
+    from fedjax_qp.cli import main
+
+    main()

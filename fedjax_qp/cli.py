@@ -21,6 +21,7 @@ from fedjax_qp.cache import keep_programs
 from fedjax_qp.catalogue import check_names
 from fedjax_qp.instruments.settings import Settings, What
 from fedjax_qp.registry import ConfigurationError, nearest_names, unknown_name
+from fedjax_qp.terminal import guarded
 
 # What help calls them. Their defaults are said in words where they are no values.
 Positional = tyro.conf.Positional
@@ -415,6 +416,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
+@guarded()
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; configuration errors end with one readable line and status 2."""
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,128 @@
+"""A command ends in order on a signal, at any moment, and outlives its terminal."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_config import write
+
+from fedjax_qp import config, records, terminal
+from fedjax_qp.terminal import OutlivingStream, guarded, listening
+
+
+def command(arguments: list[str], **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fedjax_qp", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        **{"stdout": subprocess.PIPE, **options},
+    )
+
+
+@pytest.mark.parametrize("wait", [0.3, 2.0])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_before_the_first_round_a_signal_ends_a_run_with_one_line(tmp_path, wait, number):
+    file = write(tmp_path)
+    process = command(["run", str(file), "rounds=100000"])
+    time.sleep(wait)  # in its imports
+    process.send_signal(number)
+    _, error = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert "Traceback" not in error and len(error.strip().splitlines()) == 1 and "nothing is lost" in error
+
+
+def wait_for_rounds(folder: Path, rounds: int) -> None:
+    end = time.monotonic() + 240
+    while time.monotonic() < end:
+        with contextlib.suppress(FileNotFoundError):
+            if (folder / "records.jsonl").read_bytes().count(b"\n") >= rounds:
+                return
+        time.sleep(0.01)
+    pytest.fail("no rounds in time")
+
+
+def test_a_closed_terminal_ends_a_run_in_order(tmp_path):
+    file = write(tmp_path)
+    folder = config.load(file).run_folder
+    process = command(["run", str(file), "rounds=100000"])
+    wait_for_rounds(folder, 4)
+    process.send_signal(signal.SIGHUP)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 130 and "SIGHUP: finishing this chunk" in output
+    assert records.gap(records.read(folder)) is None
+
+
+def test_a_second_signal_leaves_at_once_and_says_what_is_kept(tmp_path):
+    """The chunk is far too long to wait for."""
+    file = write(tmp_path)
+    folder = config.load(file).run_folder
+    process = command(["run", str(file), "rounds=1000000", "engine.rounds_per_chunk=100000", "evaluation.every=100000"])
+    end = time.monotonic() + 240
+    while not (folder / "startup.json").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    before = time.monotonic()
+    output, error = process.communicate(timeout=60)
+    assert time.monotonic() - before < 20
+    assert process.returncode == 130 and "once more to leave at once" in output
+    assert "SIGINT: left at once" in error and str(folder) in error and "Traceback" not in error
+
+
+def test_a_run_outlives_its_pipe_and_a_full_disk_for_its_output(tmp_path):
+    file = write(tmp_path)
+    with open("/dev/full", "w") as full:
+        process = command(["run", str(file), "rounds=2"], stdout=full)
+        _, error = process.communicate(timeout=240)
+    assert process.returncode == 0 and "the output is lost from here on" in error
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = command(["resume", str(config.load(file).run_folder), "rounds=4"], stdout=writing)
+    os.close(writing)
+    _, error = process.communicate(timeout=240)
+    assert (process.returncode, error) == (0, "")
+    assert len(records.read(config.load(file).run_folder)) == 4
+
+
+def test_a_terminal_without_unicode_shows_question_marks(tmp_path):
+    environment = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0"}
+    process = command(["run", str(write(tmp_path)), "rounds=2"], env=environment)
+    output, error = process.communicate(timeout=240)
+    assert process.returncode == 0, error
+    assert "finished after round 2" in output and "Traceback" not in error
+
+
+def test_a_stream_is_silent_after_its_first_failure():
+    class Broken:
+        encoding = "utf-8"
+
+        def write(self, text: str) -> None:
+            raise BrokenPipeError
+
+    stream = OutlivingStream(Broken())  # pyright: ignore[reportArgumentType]
+    assert stream.write("text") == 4 and stream.write("more") == 4
+    assert stream.encoding == "utf-8"
+
+
+def test_listeners_get_signals_and_give_them_back():
+    before, names = signal.getsignal(signal.SIGTERM), []
+    with listening(names.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert names == ["SIGTERM"] and signal.getsignal(signal.SIGTERM) is before
+    with guarded(), listening(names.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 20
+        while len(names) < 2 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert names == ["SIGTERM"] * 2 and signal.getsignal(signal.SIGTERM) is before and not terminal._guarded
+
+
+def test_outside_of_a_command_leaving_is_an_interrupt():
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        terminal.leave("enough")
