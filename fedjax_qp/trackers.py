@@ -5,6 +5,10 @@ reported once and left out, while the run goes on; what it missed is sent when t
 `tracking.json` in the run folder holds each tracker's own run id and the rounds it has, so that a resumed run continues the
 same tracked run. Rounds that are computed again after a kill are the same bits and are not sent twice.
 
+A server that does not answer costs seconds, once: it is asked before anything is sent, requests have short time-outs and one
+retry, and a tracker that failed is not asked again. Where that is too little, the libraries' own variables say how much
+(MLFLOW_HTTP_REQUEST_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES, WANDB_INIT_TIMEOUT, …).
+
 With the defaults nothing leaves the machine: W&B writes offline files (`wandb sync RUN/wandb/offline-run-*` uploads them),
 MLflow a SQLite database beside the run folders (`mlflow ui --backend-store-uri sqlite:///runs/mlflow.db` shows it). The
 libraries' own usage reports are then off, unless the environment turns them on.
@@ -12,10 +16,13 @@ libraries' own usage reports are then off, unless the environment turns them on.
 
 import contextlib
 import importlib.util
-import json
+import logging
 import os
 import re
+import socket
 import time
+import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +33,7 @@ from tensorboardX import SummaryWriter
 from fedjax_qp import config as configuration
 from fedjax_qp import records as recorded
 from fedjax_qp.config import Config
+from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
 
 FILE = "tracking.json"
@@ -33,6 +41,14 @@ _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # by setting; TensorBoard's 
 _MLFLOW_BATCH = 1000  # metrics in one request, MLflow's own limit
 _MLFLOW_PARAMS = 100  # parameters likewise
 _MLFLOW_VALUE = 500  # characters of a parameter that every store takes
+# MLflow's own would wait for minutes before the first round.
+_MLFLOW_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",  # seconds
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+}
+_ANSWER_SECONDS = 2.0  # for a server to take a connection
+_WANDB_SECONDS = 10.0  # for its server to take a run; W&B waits for 90
 _STATUS = {None: "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}  # all other reasons: FINISHED
 
 
@@ -134,9 +150,7 @@ class Trackers:
 
     def _remember(self, name: str, continued: Continued) -> None:
         self._known[name] = continued
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps({key: value._asdict() for key, value in self._known.items()}, indent=2))
-        partial.replace(self._file)
+        write_json(self._file, {key: value._asdict() for key, value in self._known.items()})
 
     def _attempt(self, name: str, action: Callable[[], Any]) -> None:
         try:
@@ -151,8 +165,9 @@ class Trackers:
 
 def _read(file: Path) -> dict[str, Continued]:
     """What earlier processes left; a damaged file counts as none."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return {name: Continued(**entry) for name, entry in json.loads(file.read_text()).items()}
+    with contextlib.suppress(TypeError, ValueError):
+        known = {name: Continued(**entry) for name, entry in (read_mark(file) or {}).items()}
+        return {name: one._replace(rounds=int(one.rounds)) for name, one in known.items()}
     return {}
 
 
@@ -215,11 +230,12 @@ class WandbTracker:
             dir=str(folder),
             id=self.id,
             resume="allow",
+            allow_val_change=True,  # a resumed run shows the settings that it goes on with
             reinit="create_new",  # several runs may be open in one process
             name=folder.name,
             group=config.name,
             config=_described(config, folder),
-            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
+            settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, **_wandb_patience()),
         )
 
     def log(self, records: list[dict]) -> None:
@@ -231,6 +247,12 @@ class WandbTracker:
         """See `Tracker`."""
         self._run.summary["ended"] = reason or "error"
         self._run.finish(exit_code=int(_STATUS.get(reason) == "FAILED"))
+
+
+def _wandb_patience() -> dict[str, float]:
+    """How long W&B waits for its server, unless the environment says it."""
+    wanted = {"init_timeout": _WANDB_SECONDS, "login_timeout": _WANDB_SECONDS}
+    return {name: seconds for name, seconds in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------------------
@@ -248,27 +270,48 @@ class MlflowTracker:
 
     def __init__(self, config: Config, folder: Path, id: str | None):
         """Args: id: of the run to continue; None begins a new one."""
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when the library is imported
+        for name, value in {"MLFLOW_DISABLE_TELEMETRY": "true", **_MLFLOW_PATIENCE}.items():
+            os.environ.setdefault(name, value)  # read when the library is imported
+        uri = mlflow_uri(config, folder)
+        _check_answer(uri)
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for each retry
         settings = config.tracking.mlflow
         assert settings is not None
-        self._client = MlflowClient(tracking_uri=mlflow_uri(config, folder))
+        self._client = MlflowClient(tracking_uri=uri)
+        described = configuration.flat(_described(config, folder))
+        values = {_mlflow_name(name): str(value)[:_MLFLOW_VALUE] for name, value in described.items()}
         if id is not None:
             self.id = id
             self._client.update_run(id, status="RUNNING")
+            self._tag_changes(values)
             return
         experiment = self._client.get_experiment_by_name(settings.experiment)
         number = experiment.experiment_id if experiment else self._client.create_experiment(settings.experiment)
         run = self._client.create_run(number, run_name=folder.name, tags={"group": config.name})
         self.id = run.info.run_id
-        params = [
-            Param(_mlflow_name(name), str(value)[:_MLFLOW_VALUE])
-            for name, value in configuration.flat(_described(config, folder)).items()
-        ]
-        for batch in _batches(params, _MLFLOW_PARAMS):
+        self._log_params(values)
+
+    def _log_params(self, values: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        for batch in _batches([Param(name, value) for name, value in values.items()], _MLFLOW_PARAMS):
             self._client.log_batch(self.id, params=batch)
+
+    def _tag_changes(self, values: dict[str, str]) -> None:
+        """Shows what a resumed run goes on with: MLflow's parameters never change, so new values are tags of that name."""
+        from mlflow.entities import RunTag
+
+        found = self._client.get_run(self.id).data
+        tags = [
+            RunTag(name, value)
+            for name, value in values.items()
+            if name in found.params and found.tags.get(name, found.params[name]) != value
+        ]
+        for batch in _batches(tags, _MLFLOW_PARAMS):
+            self._client.log_batch(self.id, tags=batch)
+        self._log_params({name: value for name, value in values.items() if name not in found.params})
 
     def log(self, records: list[dict]) -> None:
         """See `Tracker`."""
@@ -289,6 +332,20 @@ class MlflowTracker:
         self._client.set_terminated(self.id, status=_STATUS.get(reason, "FINISHED"))
 
 
+def _check_answer(uri: str) -> None:
+    """Raises ConnectionError where nobody takes a connection at a server's address; a proxy is left to the library."""
+    server = urllib.parse.urlsplit(uri)
+    if server.scheme not in ("http", "https") or server.hostname is None:
+        return
+    if server.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(server.hostname):
+        return
+    try:
+        port = server.port or (443 if server.scheme == "https" else 80)
+        socket.create_connection((server.hostname, port), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers at {server.hostname}:{port}: {error}") from None
+
+
 def _mlflow_name(name: str) -> str:
     """A name that MLflow takes."""
     return re.sub(r"[^\w\-. :/]", "_", name)
@@ -301,6 +358,5 @@ def _batches(items: list, size: int) -> Iterable[list]:
 def _described(config: Config, folder: Path) -> dict[str, Any]:
     """The settings of a run, and where and with which versions it was computed."""
     values = configuration.to_dict(config)
-    with contextlib.suppress(OSError, ValueError):
-        values["environment"] = json.loads((folder / "environment.json").read_text())
-    return values
+    found = read_mark(folder / "environment.json")
+    return values if found is None else {**values, "environment": found}
