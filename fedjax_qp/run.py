@@ -1,15 +1,25 @@
 """A run with everything around it: run folder, records, checkpoints, progress, early stop, orderly end on a signal."""
 
 import contextlib
-import signal
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import MappingProxyType
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from fedjax_qp import config as configuration
@@ -17,13 +27,15 @@ from fedjax_qp import processes, records
 from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config
 from fedjax_qp.data import print_table, summary
-from fedjax_qp.experiment import Experiment, advice, build, first_state, with_layout
+from fedjax_qp.experiment import Experiment, advice, build, first_state, resolve, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_layout
+from fedjax_qp.provenance import Provenance, provenance
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run_folder import OpenRun, begin_folder, lock_run, make_folder
-from fedjax_qp.simulate import NonFiniteLoss, simulate_together
+from fedjax_qp.run_folder import OpenRun, begin_folder, lock_run, make_folder, restorable
+from fedjax_qp.simulate import NonFiniteLoss, planned_without, simulate_together
 from fedjax_qp.startup import Startup
+from fedjax_qp.terminal import leave, listening
 from fedjax_qp.trackers import check_trackers
 
 DRIFT_LIMIT = 0.9
@@ -45,41 +57,52 @@ def run(config: Config, console: Console | None = None) -> Outcome:
       ConfigurationError: the configuration cannot work, or the folder already holds a run.
     """
     console, startup = console or processes.console(), Startup()
+    config = resolve(config)  # what is misspelt comes before what is in the way
     folder = config.run_folder
-    if (folder / "config.yaml").exists():
-        raise ConfigurationError(
-            f"{folder} already holds a run{_held(folder, config)}: continue it with `fedjax-qp resume {folder}`, or choose "
-            "another name, seed or folder."
-        )
+    _refuse_held(folder, config)
     check_trackers(config)
     processes.meet("the folder is new")
-    experiment = build(config)
+    with console.status("reading the data"):
+        experiment = build(config)
+        (made_of,) = provenance([experiment])
     startup.done("data")
     make_folder(folder)
-    experiment = _with_measured_lanes(experiment, folder, console, startup)
-    print_table(summary(experiment.task.counts), console=console)
-    for note in experiment.task.notes:
-        console.print(note)
-    begin_folder(experiment)
-    return _alone(experiment, folder, first_state(experiment), console, startup)
+    with lock_run(folder):
+        if processes.first():  # while the data were read, another process may have come first
+            _refuse_held(folder, config)
+        experiment = _with_measured_lanes(experiment, folder, console, startup)
+        print_table(summary(experiment.task.counts), console=console)
+        for note in experiment.task.notes:
+            console.print(note)
+        begin_folder(experiment, made_of)
+        return _alone(experiment, folder, first_state(experiment), console, startup)
+
+
+def _refuse_held(folder: Path, config: Config) -> None:
+    if not (folder / "config.yaml").exists():
+        return
+    held = configuration.load(folder / "config.yaml").algorithm.name
+    if held != config.algorithm.name:
+        raise ConfigurationError(
+            f"{folder} already holds a run of another algorithm ({held}): choose another name, for example "
+            f"name={config.name}-{config.algorithm.name}, or continue it with `fedjax-qp resume {folder}`."
+        )
+    raise ConfigurationError(
+        f"{folder} already holds a run: continue it with `fedjax-qp resume {folder}`, or choose another name, seed or folder."
+    )
 
 
 def _with_measured_lanes(experiment: Experiment, folder: Path, console: Console, startup: Startup) -> Experiment:
     """Fixes the lanes where they are auto. The run's configuration keeps them, so that it measures but once."""
     if experiment.config.engine.lanes != "auto":
         return experiment
-    choice = choose_layout([experiment])
+    with console.status("measuring lanes"):
+        choice = choose_layout([experiment])
     console.print(str(choice))
     if processes.first():
         choice.write(folder)
     startup.done("lanes")
     return with_layout(experiment, choice.lanes, choice.devices)
-
-
-def _held(folder: Path, config: Config) -> str:
-    """Of what algorithm a folder's run is, where it is not the one that was to go there."""
-    held = configuration.load(folder / "config.yaml").algorithm.name
-    return "" if held == config.algorithm.name else f" of another algorithm ({held})"
 
 
 def resume(folder: Path, overrides: list[str] | None = None, console: Console | None = None) -> Outcome:
@@ -93,46 +116,79 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
       ConfigurationError: no run in the folder, or a change that would make the run inconsistent with its past.
     """
     console, startup = console or processes.console(), Startup()
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigurationError(f"{folder} holds no run (no config.yaml): start one with `fedjax-qp run CONFIG`.")
-    config = configuration.load(file, overrides)
-    changed = configuration.differences(configuration.to_dict(configuration.load(file)), configuration.to_dict(config))
-    _check_changes(changed)
-    _check_rounds(config, folder)
-    check_trackers(config)
-    experiment = build(config)
-    startup.done("data")
-    if changed:
-        console.print("resuming with a changed configuration: " + "; ".join(changed))
-    if any(change.startswith(_LAYOUT) for change in changed):
-        console.print(
-            "from here on its numbers equal those of an uninterrupted run up to rounding, not to the last bit"
-        )
+    file = _config_file(folder, "start one with `fedjax-qp run CONFIG`")
     with lock_run(folder):
+        config = configuration.load(file, overrides)
+        changed = configuration.differences(
+            configuration.to_dict(configuration.load(file)), configuration.to_dict(config)
+        )
+        _check_changes(changed)
+        _check_rounds(config, folder)
+        check_trackers(config)
+        with console.status("reading the data"):
+            experiment = build(config)
+            (made_of,) = provenance([experiment])
+        check_provenance(made_of, folder, console)
+        startup.done("data")
+        if changed:
+            console.print("resuming with a changed configuration: " + "; ".join(changed), markup=False)
+        if any(change.startswith(_LAYOUT) for change in changed):
+            console.print(
+                "from here on its numbers equal those of an uninterrupted run up to rounding, not to the last bit"
+            )
         settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
+        state = newest_state(settled, folder, console)
         if processes.first() and (changed or settled is not experiment):
             configuration.save(settled.config, file)
-    experiment = settled
-    like = first_state(experiment)
+        return _alone(settled, folder, state, console, startup)
+
+
+def _config_file(folder: Path, remedy: str) -> Path:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigurationError(f"{folder} holds no run (no config.yaml): {remedy}.")
+    return file
+
+
+def check_provenance(made_of: Provenance, folder: Path, console: Console) -> None:
+    """Refuses to go on with other data or weights than a run began with; notes them where that was not yet done.
+
+    Raises:
+      ConfigurationError: something differs.
+    """
+    if not made_of.check(folder, partial(console.print, markup=False, highlight=False)) and processes.first():
+        made_of.write(folder)
+
+
+def newest_state(experiment: Experiment, folder: Path, console: Console) -> FederatedState:
+    """The state that a run goes on from; what has to be computed again is said."""
+    like, config = first_state(experiment), experiment.config
     with Checkpoints(folder / "checkpoints", keep=config.checkpoints.keep) as checkpoints:
-        state = checkpoints.restore(like)
+        covered = restorable(folder, checkpoints, config)
+        state = checkpoints.restore(like, covered)
+        back = bool(covered) and covered[0] != checkpoints.rounds()[-1]
+        processes.meet("the checkpoint is read")
+        if back and processes.first():
+            checkpoints.discard_after(int(covered[0]))
     if state is None:
-        console.print("no checkpoint yet: starting from round 1")
-        state = like
-    return _alone(experiment, folder, state, console, startup)
+        recorded = len(records.read(folder)) if (folder / records.FILE).exists() else 0
+        again = f"; the {recorded} recorded rounds are computed again" if recorded else ""
+        console.print(f"no checkpoint yet: starting from round 1{again}")
+        return like
+    if back:
+        console.print(f"{records.FILE} is not complete: going back to round {covered[0]}, up to which it is")
+    return state
 
 
 def restore(folder: Path) -> tuple[Experiment, FederatedState]:
     """Reads a run and its newest checkpoint.
 
     Raises:
-      ConfigurationError: no run in the folder, or no checkpoint yet.
+      ConfigurationError: no run in the folder, no checkpoint yet, or its data or weights are no longer the same.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigurationError(f"{folder} holds no run (no config.yaml): give the folder of one run.")
-    experiment = build(configuration.load(file))
+    experiment = build(configuration.load(_config_file(folder, "give the folder of one run")))
+    (made_of,) = provenance([experiment])
+    made_of.check(folder, warnings.warn)
     with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
         state = checkpoints.restore(first_state(experiment))
     if state is None:
@@ -177,45 +233,63 @@ def continue_runs(
     console: Console,
     startup: Startup,
     stop: Callable[[int, list[dict]], str | None] = lambda run, history: None,
+    ended: Mapping[int, Outcome] = MappingProxyType({}),
 ) -> list[Outcome]:
     """Runs experiments that share a program from their states to their ends.
 
     Args:
-      folders: theirs, already begun. They need not be where the configurations say: a folder may have been moved.
+      folders: theirs, already begun and locked. They need not be where the configurations say: a folder may have been moved.
       startup: runs since the beginning.
       stop: `(position, records so far) -> reason` to end a run early, or None; asked at the ends of chunks.
+      ended: those that ended in an earlier process. They keep their place in the program, so that it is the same.
     """
     done = int(states[0].round)
+    least = min(
+        len(experiments), 2
+    )  # a kill between two runs' saves then leaves a round of which all have a checkpoint
     say = partial(console.print, markup=False, highlight=False)
     for warning in dict.fromkeys(warning for experiment in experiments for warning in advice(experiment)):
         say(f"warning: {warning}")
+    gone = {
+        run: planned_without(experiments[run], outcome.rounds, outcome.reason == "diverged")
+        for run, outcome in ended.items()
+    }
+    opened: dict[int, OpenRun] = {}
     with contextlib.ExitStack() as stack:
-        pairs = zip(experiments, folders, strict=True)
-        opened = [stack.enter_context(OpenRun(experiment.config, folder, done, say)) for experiment, folder in pairs]
-        interrupted = stack.enter_context(_signals(console))
-        progress, task = _progress(stack, console, experiments, done)
-        stopped = {run for run, open_run in enumerate(opened) if open_run.reason is not None}
-        started = partial(_report_startup, startup, folders, console)
-        everybody = simulate_together(experiments, states, stopped, started) if len(stopped) < len(opened) else ()
-        for number, chunks in enumerate(everybody, 1):
+        interrupted = stack.enter_context(_signals(console, opened))  # outermost: a last save is not cut short
+        for run, experiment in enumerate(experiments):
+            if run not in ended:
+                opened[run] = stack.enter_context(OpenRun(experiment.config, folders[run], done, say, least))
+        bar = stack.enter_context(_progress(console, experiments, done))
+        over = {run for run, open_run in opened.items() if open_run.reason is not None}
+        gone |= {run: planned_without(experiments[run], done, False) for run in over}
+        stopped: set[int] = set()
+        started = partial(_started, startup, [run.folder for run in opened.values()], console, bar)
+        working = len(over) < len(opened)
+        everybody = simulate_together(experiments, states, stopped, started, gone) if working else ()
+        for chunks in everybody:
             asked = "interrupted" if processes.any_of(interrupted()) else None
             present = {run: chunk for run, chunk in enumerate(chunks) if chunk is not None}
             for run, chunk in present.items():  # all records first: whether one stops may depend on those of another
                 opened[run].write(chunk)
+            for run in present:  # nobody saves this chunk before all have saved the last
+                opened[run].settle()
             for run, chunk in present.items():
-                if opened[run].ends(chunk, number, partial(stop, run), asked):
+                if opened[run].ends(chunk, partial(stop, run), asked):
                     stopped.add(run)
-            _warn_of_drift(console, opened)
-            progress.update(task, completed=max(open_run.done for open_run in opened), accuracy=_best(opened))
+            _warn_of_drift(console, list(opened.values()))
+            bar.show(list(opened.values()))
             if asked:
                 break
-    for open_run in opened:
+    for open_run in opened.values():
         open_run.say_end(console)
-    return [Outcome(r.folder, r.done, r.reason or "finished", r.error) for r in opened]
+    found = {run: Outcome(r.folder, r.done, r.reason or "finished", r.error) for run, r in opened.items()}
+    return [ended[run] if run in ended else found[run] for run in range(len(experiments))]
 
 
-def _report_startup(startup: Startup, folders: Sequence[Path], console: Console) -> None:
+def _started(startup: Startup, folders: Sequence[Path], console: Console, bar: "_Bar") -> None:
     startup.done("program")
+    bar.describe("first rounds")
     console.print(str(startup))
     if not processes.first():
         return
@@ -237,30 +311,24 @@ def _warn_of_drift(console: Console, opened: Sequence[OpenRun]) -> None:
             )
 
 
-def _best(opened: Sequence[OpenRun]) -> float:
-    """The best of the runs' latest accuracies."""
-    latest = [run.last_accuracy for run in opened]
-    return max((accuracy for accuracy in latest if accuracy is not None), default=float("nan"))
-
-
 @contextlib.contextmanager
-def _signals(console: Console) -> Iterator:
-    """Turns SIGINT and SIGTERM into a request to stop at the chunk's end; yields `requested()`."""
-    received: list[int] = []
+def _signals(console: Console, opened: Mapping[int, OpenRun]) -> Iterator[Callable[[], bool]]:
+    """Turns a first signal into a request to stop at the chunk's end; a second one leaves. Yields `requested()`."""
+    received: list[str] = []
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        console.print(f"{signal.Signals(number).name}: finishing this chunk, then saving")
+    def note(name: str) -> None:
+        received.append(name)
+        if len(received) == 1:
+            console.print(f"{name}: finishing this chunk, then saving; once more to leave at once")
+            return
+        kept = [f"{run.folder} (round {run.done})" for run in opened.values()]
+        leave(
+            f"{name}: left at once; records and checkpoints are kept, to continue from the last checkpoint: "
+            f"{', '.join(kept[:3])}{', …' if len(kept) > 3 else ''}"
+        )
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: somebody else owns the signals
-        before = {}
-    try:
+    with listening(note):
         yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _RoundsPerSecond(ProgressColumn):
@@ -269,16 +337,42 @@ class _RoundsPerSecond(ProgressColumn):
         return Text("–" if not speed else f"{speed:.2f} rounds/s")
 
 
-def _progress(stack: contextlib.ExitStack, console: Console, experiments: Sequence[Experiment], done: int) -> tuple:
+class _Bar(NamedTuple):
+    """The progress of runs on the screen."""
+
+    progress: Progress
+    task: TaskID
+    name: str
+
+    def describe(self, phase: str) -> None:
+        """Names what takes its time before the first round is there."""
+        self.progress.update(self.task, description=f"{escape(self.name)}: {phase}")
+
+    def show(self, opened: Sequence[OpenRun]) -> None:
+        """Shows how far the furthest is, and the best of their latest numbers."""
+        latest = [found for run in opened if (found := run.headline) is not None]
+        name = latest[0][0] if latest else ""
+        values = [value for label, value in latest if label == name]
+        shown = f"{name} {(min if name == 'perplexity' else max)(values):.4f}" if values else ""
+        done = max(run.done for run in opened)
+        self.progress.update(self.task, completed=done, headline=shown, description=escape(self.name))
+
+
+@contextlib.contextmanager
+def _progress(console: Console, experiments: Sequence[Experiment], done: int) -> Iterator[_Bar]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         _RoundsPerSecond(),
         TimeRemainingColumn(),
-        TextColumn("accuracy {task.fields[accuracy]:.4f}"),
+        TextColumn("{task.fields[headline]}"),
     )
-    progress = stack.enter_context(Progress(*columns, console=console))
     config = experiments[0].config
     name = f"{config.name} (seed {config.seed})" if len(experiments) == 1 else f"{len(experiments)} runs together"
-    return progress, progress.add_task(name, total=config.rounds, completed=done, accuracy=float("nan"))
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(escape(name), total=config.rounds, completed=done, headline="")
+        bar = _Bar(progress, task, name)
+        bar.describe("compiling")
+        yield bar
+        progress.update(task, description=escape(name))

@@ -1,7 +1,8 @@
 """The loop over chunks: plan on the host, run on the device, hand back the records. For notebooks and for `run`."""
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,24 @@ def chunk_bounds(first_round: int, rounds: int, rounds_per_chunk: int) -> list[t
     ends = [*range(rounds_per_chunk, rounds, rounds_per_chunk), rounds]
     starts = [first_round, *(end for end in ends if end > first_round)]
     return [(start, end - start) for start, end in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def planned_without(experiment: Experiment, ended: int, diverged: bool) -> int:
+    """The first round that is planned without a run that has ended after a chunk: the device is a chunk ahead.
+
+    Args:
+      ended: rounds that it finished.
+      diverged: in the chunk after those, which is another one ahead unless the host has to wait for it.
+    """
+    config = experiment.config
+    ends = [start + rounds for start, rounds in chunk_bounds(ended, config.rounds, config.engine.rounds_per_chunk)]
+    return [*ends, config.rounds, config.rounds][int(diverged and not waits_for_memories(experiment))]
+
+
+def waits_for_memories(experiment: Experiment) -> bool:
+    """Whether a cohort depends on the round before: the host then cannot plan while the device works."""
+    sampling = experiment.work.sampling
+    return sampling is not None and sampling.reads_memories
 
 
 def chunk_plan(experiments: Experiment | Sequence[Experiment], lanes: int, first_round: int, rounds: int) -> Plan:
@@ -78,6 +97,7 @@ def simulate_together(
     states: Sequence[FederatedState | None],
     stopped: Set[int] = frozenset(),
     started: Callable[[], None] = lambda: None,
+    gone: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[list[Chunk | NonFiniteLoss | None]]:
     """Runs several experiments in one program; see `together`.
 
@@ -85,6 +105,9 @@ def simulate_together(
       states: None starts at the beginning; all must have finished equally many rounds.
       stopped: positions of experiments that go no further. The caller may add to it between chunks, which takes effect
         with the next chunk but one: the device is a chunk ahead.
+      gone: positions of experiments that ended in an earlier process, with the first round that is planned without them.
+        Until then the others share their lanes with them, as they did when the end was not yet known. Nothing of theirs is
+        handed back.
       started: called when the program is compiled and the device begins with the first round.
 
     Yields:
@@ -103,11 +126,10 @@ def simulate_together(
     else:
         store = ClientStore()
 
-    # Whether a cohort depends on the round before: the host then cannot plan while the device works.
-    waits = any(e.work.sampling is not None and e.work.sampling.reads_memories for e in experiments)
+    waits = any(map(waits_for_memories, experiments))
 
     def plan_of(first_round: int, rounds: int, states: Sequence[FederatedState]) -> Plan:
-        ended = stopped | broken
+        ended = stopped | broken | {run for run, since in gone.items() if first_round >= since}
         planned = []
         for run, (experiment, state) in enumerate(zip(experiments, states, strict=True)):
             work = experiment.work._replace(stopped=run in ended, memories=state.clients if waits else None)
@@ -137,20 +159,20 @@ def simulate_together(
         next_plan = plan_of(*following, host) if following and not waits else None  # while the device works
         found = _separate(jax.device_get(metrics), runs, axis=1)
         finished = _separate(store.put_back(device_state, plan), runs, axis=0)
-        ended = stopped | broken
+        ended = stopped | broken | gone.keys()
         chunks = [
             None if run in ended else chunk_of(run, finished[run], found[run], of_run(plan, run, runs), first_round)
             for run in range(runs)
         ]
         if following and waits:
             next_plan = plan_of(*following, finished)
-        if len(broken) == runs:
+        if len(broken | gone.keys()) == runs:
             next_plan = None
         if next_plan is not None:  # the device goes on while the caller writes records and checkpoints
             device_state, metrics = launch(device_state, next_plan)
             plan = next_plan
         yield chunks
-        if len(stopped | broken) == runs:
+        if len(stopped | broken | gone.keys()) == runs:
             return
 
 

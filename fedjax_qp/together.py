@@ -6,12 +6,16 @@ then trains a client of any of the runs, and uploads are summed by run (`engine`
 own records and checkpoints, so it may be continued alone, and a run alone may be continued together with others.
 """
 
+import contextlib
 import dataclasses
 import json
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from fedjax_qp import config as configuration
@@ -28,11 +32,12 @@ from fedjax_qp.experiment import (
     with_layout,
 )
 from fedjax_qp.federated import FederatedState
+from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.lanes import choose_layout
-from fedjax_qp.records import ENDED
+from fedjax_qp.provenance import Provenance, check_beside, provenance
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import Outcome, continue_runs
-from fedjax_qp.run_folder import begin_folder, lock_run, make_folder
+from fedjax_qp.run import Outcome, check_provenance, continue_runs, newest_state
+from fedjax_qp.run_folder import begin_folder, lock_run, make_folder, read_ended, restorable
 from fedjax_qp.startup import Startup
 from fedjax_qp.trackers import check_trackers
 
@@ -44,7 +49,7 @@ _FREE = (
     *("name", "folder", "local.epochs", "local.maximum_steps"),
     *("participation.dropout", "participation.stragglers", "participation.straggler_work"),
     *("evaluation.target_accuracy", "evaluation.stop_at_target", "evaluation.patience"),
-    *("checkpoints.every_chunks", "checkpoints.keep"),
+    "checkpoints.keep",
 )
 
 
@@ -80,74 +85,199 @@ def _fixed_settings(config: Config) -> dict:
 
 
 def run_together(
-    configs: Sequence[Config], console: Console | None = None, *, stop: Stop = lambda run, history: None
+    configs: Sequence[Config],
+    console: Console | None = None,
+    *,
+    stop: Stop = lambda run, history: None,
+    beside: Iterable[Path] = (),
 ) -> list[Outcome]:
     """Runs each configuration in its folder: starts it, continues it from its checkpoint, or keeps it if it has ended.
 
     Those that can share a program do; where a method turns out not to trace with its options as arrays, they run one after
-    another.
+    another. Runs that shared a program before a kill go back to the last round of which all of them have a checkpoint, and
+    share the same program again, in which also those have their place that have ended: so they end with the same bits.
 
     Args:
       stop: `(position, records so far) -> reason` to end a run early, or None; asked at the ends of chunks.
+      beside: folders of further runs that these will be compared with, and that must be of the same data.
 
     Returns:
       How each run ended. A run that diverged is among them (reason "diverged") and does not disturb the others. After an
       interruption the runs that never began have the reason "interrupted" too.
 
     Raises:
-      ConfigurationError: a configuration cannot work, two runs have the same folder, or a folder holds another run.
+      ConfigurationError: a configuration cannot work, two runs have the same folder, a folder holds another run or one that
+        another process continues, or data or weights are no longer those of the runs.
     """
     console, configs = console or Console(), [resolve(config) for config in configs]
     _check_folders(configs)
     for config in configs:
         check_trackers(config)
+    beside = list(dict.fromkeys([*beside, *(config.run_folder for config in configs)]))
     outcomes = {index: ended for index, config in enumerate(configs) if (ended := _ended(config)) is not None}
     for group in groups(configs):
         waiting = [index for index in group if index not in outcomes]
-        if _interrupted(outcomes.values()):
+        if _interrupted(outcomes[index] for index in outcomes):
             outcomes |= {index: Outcome(configs[index].run_folder, 0, "interrupted") for index in waiting}
         elif waiting:
-            found = _run_group([configs[index] for index in waiting], console, _chosen(stop, waiting))
-            outcomes |= dict(zip(waiting, found, strict=True))
+            ended = {place: outcomes[index] for place, index in enumerate(group) if index in outcomes}
+            found = _run_group([configs[index] for index in group], ended, console, _chosen(stop, group), beside)
+            outcomes |= {group[place]: outcome for place, outcome in found.items()}
     return [outcomes[index] for index in range(len(configs))]
+
+
+def remembered_programs(folders: Sequence[Path]) -> list[list[int]]:
+    """The programs that runs shared when they last ran: the positions of each one's runs, in its order.
+
+    Only those of which all runs are among the folders.
+    """
+    found: dict[str, dict[int, int]] = {}
+    sizes: dict[str, int] = {}
+    for index, folder in enumerate(folders):
+        how = read_mark(folder / SHARED) or {}
+        if isinstance(how.get("program"), str) and type(how.get("place")) is int and type(how.get("runs")) is int:
+            found.setdefault(how["program"], {})[how["place"]] = index
+            sizes[how["program"]] = how["runs"]
+    return [
+        [places[place] for place in range(sizes[program])]
+        for program, places in found.items()
+        if places.keys() == set(range(sizes[program]))
+    ]
+
+
+class _Program(NamedTuple):
+    """Runs that share a program, and where they begin."""
+
+    members: list[int]  # positions in the group
+    states: list[FederatedState]  # one for each
 
 
 def _chosen(stop: Stop, positions: Sequence[int]) -> Stop:
     return lambda run, history: stop(positions[run], history)
 
 
-def _run_group(configs: Sequence[Config], console: Console, stop: Stop) -> list[Outcome]:
-    """Runs that can share a program do, if they have finished equally many rounds."""
-    experiments: list[Experiment] = []
+def _run_group(
+    configs: Sequence[Config], ended: dict[int, Outcome], console: Console, stop: Stop, beside: Sequence[Path]
+) -> dict[int, Outcome]:
+    """Runs what has not ended of a group whose members can share a program; how each of those ended, by position."""
     startup = Startup()
-    for config in configs:
-        experiments.append(build(config, experiments[0] if experiments else None))
-    states = [_begin(experiment) for experiment in experiments]
-    startup.done("data")
-    rounds = [int(state.round) for state in states]
-    levels = [[run for run, done in enumerate(rounds) if done == level] for level in sorted(set(rounds))]
-    outcomes = _one_after_another(experiments, states, levels, console, startup, stop)
-    return [outcomes[run] for run in range(len(configs))]
+    waiting = [index for index in range(len(configs)) if index not in ended]
+    shared = [members for members in remembered_programs([config.run_folder for config in configs]) if len(members) > 1]
+    needed = sorted({*waiting, *(index for members in shared for index in members if not ended.keys() >= set(members))})
+    experiments: dict[int, Experiment] = {}
+    with contextlib.ExitStack() as stack:
+        with console.status("reading the data"):
+            for index in needed:
+                first = next(iter(experiments.values()), None)
+                experiments[index] = build(configs[index], first)
+            made_of = dict(zip(needed, provenance(list(experiments.values())), strict=True))
+        check_beside([made_of[index] for index in waiting], beside)
+        for index in waiting:
+            make_folder(configs[index].run_folder)
+            stack.enter_context(lock_run(configs[index].run_folder))
+        _check_folders([configs[index] for index in waiting])  # another process may have begun them meanwhile
+        for index in needed:
+            _begin(experiments[index], made_of[index], console)
+        startup.done("data")
+        programs = _programs(
+            experiments, [members for members in shared if not ended.keys() >= set(members)], ended, console
+        )
+        return _one_after_another(experiments, programs, ended, console, startup, stop)
+
+
+def _programs(
+    experiments: dict[int, Experiment], shared: Sequence[list[int]], ended: dict[int, Outcome], console: Console
+) -> list[_Program]:
+    """How runs go on: those that shared a program do so again, the others with those of equally many finished rounds."""
+    found = []
+    for members in shared:
+        states = _common_states([experiments[index] for index in members], [index in ended for index in members])
+        if states is not None:
+            found.append(_Program(members, states))
+        else:
+            console.print(
+                f"{len(members)} runs that shared a program have no checkpoint of one round: each goes on from its own, so "
+                "that its numbers equal those of an uninterrupted run up to rounding"
+            )
+    placed = {index for program in found for index in program.members}
+    levels: dict[int, _Program] = {}
+    for index in experiments:
+        if index not in placed and index not in ended:
+            state = newest_state(experiments[index], experiments[index].config.run_folder, console)
+            level = levels.setdefault(int(state.round), _Program([], []))
+            level.members.append(index)
+            level.states.append(state)
+    return [*found, *(levels[level] for level in sorted(levels))]
+
+
+def _common_states(experiments: Sequence[Experiment], ended: Sequence[bool]) -> list[FederatedState] | None:
+    """The states after the last round of which all runs that have not ended have a sound checkpoint; None without one.
+
+    Later checkpoints are removed. What a run that has ended computes is not looked at, so its state may be any.
+    """
+    with contextlib.ExitStack() as stack:
+        stores = [
+            stack.enter_context(Checkpoints(e.config.run_folder / "checkpoints", keep=e.config.checkpoints.keep))
+            for e in experiments
+        ]
+        running = [place for place, over in enumerate(ended) if not over]
+        sound = {
+            place: restorable(experiments[place].config.run_folder, stores[place], experiments[place].config)
+            for place in running
+        }
+        likes = [first_state(experiment) for experiment in experiments]
+        # Before the first save of the last of them: all begin anew, as long as no more is lost than that.
+        begin = any(not rounds for rounds in sound.values()) and all(
+            _may_begin_anew(experiments[place], rounds) for place, rounds in sound.items()
+        )
+        common = set.intersection(*map(set, sound.values()))
+        for round in [*sorted(common, reverse=True), *([0] if begin else [])]:
+            states = [
+                likes[place] if round == 0 else _state_at(stores[place], likes[place], round, needed=place in running)
+                for place in range(len(experiments))
+            ]
+            found = [state for state in states if state is not None]
+            if len(found) == len(states):
+                for place in running:
+                    stores[place].discard_after(round)
+                return found
+    return None
+
+
+def _may_begin_anew(experiment: Experiment, sound: Sequence[int]) -> bool:
+    """Whether a run has no more than its first checkpoint, which the others may not yet have."""
+    config = experiment.config
+    return max(sound, default=0) <= config.checkpoints.every_chunks * config.engine.rounds_per_chunk
+
+
+def _state_at(checkpoints: Checkpoints, like: FederatedState, round: int, *, needed: bool) -> FederatedState | None:
+    """The state of a round; where it is not needed, any with that round in the place of one that is gone. None: damaged."""
+    if round in checkpoints.rounds():
+        with contextlib.suppress(ConfigurationError):  # a damaged one is warned of
+            return checkpoints.restore_round(like, round)
+    return None if needed else like._replace(round=np.full_like(like.round, round))
 
 
 def _one_after_another(
-    experiments: Sequence[Experiment],
-    states: Sequence[FederatedState],
-    levels: Sequence[list[int]],
+    experiments: dict[int, Experiment],
+    programs: Sequence[_Program],
+    ended: dict[int, Outcome],
     console: Console,
     startup: Startup,
     stop: Stop,
 ) -> dict[int, Outcome]:
-    """How each run of the levels ended, by position; after an interruption no further level begins."""
+    """How each run of the programs ended, by position; after an interruption no further program begins."""
     outcomes: dict[int, Outcome] = {}
-    for level in levels:
+    for program in programs:
         if _interrupted(outcomes.values()):
-            found = [
-                Outcome(experiments[run].config.run_folder, int(states[run].round), "interrupted") for run in level
-            ]
+            found = {
+                index: Outcome(experiments[index].config.run_folder, int(state.round), "interrupted")
+                for index, state in zip(program.members, program.states, strict=True)
+                if index not in ended
+            }
         else:
-            found = _run_level(experiments, states, level, console, startup, stop)
-        outcomes |= dict(zip(level, found, strict=True))
+            found = _run_program(experiments, program, ended, console, startup, stop)
+        outcomes |= found
         startup = Startup()
     return outcomes
 
@@ -156,87 +286,90 @@ def _interrupted(outcomes: Iterable[Outcome]) -> bool:
     return any(outcome.reason == "interrupted" for outcome in outcomes)
 
 
-def _run_level(
-    experiments: Sequence[Experiment],
-    states: Sequence[FederatedState],
-    level: list[int],
+def _run_program(
+    experiments: dict[int, Experiment],
+    program: _Program,
+    ended: dict[int, Outcome],
     console: Console,
     startup: Startup,
     stop: Stop,
-) -> list[Outcome]:
-    together = [experiments[run] for run in level]
+) -> dict[int, Outcome]:
+    members = program.members
+    together = [experiments[index] for index in members]
+    folders = [experiment.config.run_folder for experiment in together]
+    over = {place: ended[index] for place, index in enumerate(members) if index in ended}
     try:
         together = _with_shared_lanes(together, console)
         startup.done("lanes")
-        return continue_runs(
-            together,
-            [experiment.config.run_folder for experiment in together],
-            [states[run] for run in level],
-            console,
-            startup,
-            _chosen(stop, level),
-        )
+        outcomes = continue_runs(together, folders, program.states, console, startup, _chosen(stop, members), over)
+        return {index: outcome for index, outcome in zip(members, outcomes, strict=True) if index not in ended}
     except jax.errors.ConcretizationTypeError as error:
-        if len(level) == 1:
+        if len(members) == 1:
             raise
         names = ", ".join(differing_settings([experiment.config for experiment in together]))
         console.print(f"one program cannot hold different {names} of this method ({error.args[0].splitlines()[0]})")
-    outcomes = _one_after_another(experiments, states, [[run] for run in level], console, Startup(), stop)
-    return [outcomes[run] for run in level]
+    for folder in folders:
+        (folder / SHARED).unlink(missing_ok=True)
+    alone = [
+        _Program([index], [state]) for index, state in zip(members, program.states, strict=True) if index not in ended
+    ]
+    return _one_after_another(experiments, alone, ended, console, Startup(), stop)
 
 
 def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> list[Experiment]:
-    """Measures the lanes once for all, and remembers them: continued runs then do the same sums in the same order."""
-    folders = [experiment.config.run_folder for experiment in experiments]
-    engine = experiments[0].config.engine
+    """Measures the lanes once for all, and remembers the program: continued runs then do the same sums in the same order."""
+    folders, engine = [experiment.config.run_folder for experiment in experiments], experiments[0].config.engine
+    remembered = remembered_programs(folders) == [list(range(len(folders)))]
+    before = _layout(read_mark(folders[0] / SHARED) or {}) if remembered else None
     if engine.lanes != "auto":
-        if len(experiments) > 1:  # so that nobody takes their common times for those of one run
-            for folder in folders:
-                _note_sharing(folder, {"runs": len(experiments), "lanes": engine.lanes, "devices": engine.devices})
-        return list(experiments)
-    remembered = [json.loads((folder / SHARED).read_text()) for folder in folders if (folder / SHARED).exists()]
-    wanted = {"runs": len(experiments), "lanes": None, "devices": None}
-    if remembered:
-        wanted |= {name: remembered[0].get(name) for name in ("lanes", "devices")}
-    if len(remembered) < len(folders) or any(found != wanted for found in remembered):
-        choice = choose_layout(experiments)
-        wanted |= {"lanes": choice.lanes, "devices": choice.devices}
+        assert engine.devices != "auto"
+        layout = engine.lanes, engine.devices
+    elif before is not None:
+        layout = before
+    else:
+        with console.status("measuring lanes"):
+            choice = choose_layout(experiments)
+        layout = choice.lanes, choice.devices
         sharing = f"{len(experiments)} runs in one program; " if len(experiments) > 1 else ""
         console.print(f"{sharing}{choice}")
         for folder in folders:
             choice.write(folder)
-            _note_sharing(folder, wanted)
-    return [with_layout(experiment, wanted["lanes"], wanted["devices"]) for experiment in experiments]
+    if layout != before and (len(folders) > 1 or engine.lanes == "auto"):
+        _note_sharing(folders, *layout)
+    return list(experiments) if engine.lanes != "auto" else [with_layout(one, *layout) for one in experiments]
 
 
-def _note_sharing(folder: Path, how: dict) -> None:
-    (folder / SHARED).write_text(json.dumps(how))
+def _layout(how: dict[str, Any]) -> tuple[int, int] | None:
+    lanes, devices = how.get("lanes"), how.get("devices")
+    return (lanes, devices) if isinstance(lanes, int) and isinstance(devices, int) else None
 
 
-def _begin(experiment: Experiment) -> FederatedState:
-    """The state to go on from; makes the folder of a new run, and notes in an old one how many rounds it is to have."""
-    folder, state = experiment.config.run_folder, first_state(experiment)
+def _note_sharing(folders: Sequence[Path], lanes: int, devices: int) -> None:
+    """Leaves in each folder which program its run is in, so that nobody takes their common times for those of one run."""
+    program = uuid.uuid4().hex
+    for place, folder in enumerate(folders):
+        how = {"runs": len(folders), "lanes": lanes, "devices": devices, "program": program, "place": place}
+        write_json(folder / SHARED, how)
+
+
+def _begin(experiment: Experiment, made_of: Provenance, console: Console) -> None:
+    """Begins the folder of a new run, and notes in an old one how many rounds it is to have."""
+    folder = experiment.config.run_folder
     if not (folder / "config.yaml").exists():
-        make_folder(folder)
-        begin_folder(experiment)
-        return state
+        begin_folder(experiment, made_of)
+        return
+    check_provenance(made_of, folder, console)
     held = configuration.load(folder / "config.yaml")
-    if held.rounds != experiment.config.rounds:
-        with lock_run(folder):
-            configuration.save(dataclasses.replace(held, rounds=experiment.config.rounds), folder / "config.yaml")
-    with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
-        return checkpoints.restore(state) or state
+    if held.rounds != experiment.config.rounds and _ended(experiment.config) is None:
+        configuration.save(dataclasses.replace(held, rounds=experiment.config.rounds), folder / "config.yaml")
 
 
 def _ended(config: Config) -> Outcome | None:
     """How a run ended, if it has."""
-    mark = config.run_folder / ENDED
-    if not mark.exists():
+    found = read_ended(config.run_folder)
+    if found is None or (found[0] == "finished" and found[1] < config.rounds):
         return None
-    found = json.loads(mark.read_text())
-    if found["reason"] == "finished" and found["round"] < config.rounds:
-        return None
-    return Outcome(config.run_folder, found["round"], found["reason"])
+    return Outcome(config.run_folder, found[1], found[0])
 
 
 def _check_folders(configs: Sequence[Config]) -> None:

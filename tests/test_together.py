@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from test_contract import assert_agree, reference
 
 from fedjax_qp import config, records
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config
 from fedjax_qp.engine import Data, Devices, Runs, make_shared_engine
 from fedjax_qp.engine.chunk import run_chunks
-from fedjax_qp.experiment import join_states
+from fedjax_qp.experiment import build, first_state, join_states
 from fedjax_qp.plan import plan_together
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import resume, run
@@ -191,7 +193,10 @@ def test_more_rounds_are_noted_and_an_interruption_ends_what_follows(tmp_path):
 
 
 def test_common_times_are_marked_as_such(four):
-    assert json.loads((four[0].run_folder / "together.json").read_text()) == {"runs": 4, "lanes": 2, "devices": 1}
+    marks = [json.loads((one.run_folder / "together.json").read_text()) for one in four]
+    assert [mark.pop("place") for mark in marks] == [0, 1, 2, 3]
+    assert len({mark.pop("program") for mark in marks}) == 1
+    assert marks == [{"runs": 4, "lanes": 2, "devices": 1}] * 4
 
 
 def test_a_run_of_several_that_goes_on_alone_measures_its_lanes_once(tmp_path):
@@ -237,6 +242,87 @@ def test_one_that_diverges_leaves_the_others_as_they_are(four, tmp_path):
     assert "training loss is not finite in round" in str(broken.error)
     assert json.loads((broken.folder / "failure.json").read_text())["reason"] == "non-finite loss"
     np.testing.assert_allclose(losses(fine.folder), losses(four[0].run_folder), rtol=1e-4)
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing is marked or saved after it, and saves that are under way are as well before it as after."""
+
+
+def contents(one: Config) -> tuple[bytes, dict[int, list[np.ndarray]]]:
+    """A run's records and the leaves of all its checkpoints."""
+    like = first_state(build(one))
+    with Checkpoints(one.run_folder / "checkpoints", keep=2) as checkpoints:
+        states = {round: jax.tree.leaves(checkpoints.restore_round(like, round)) for round in checkpoints.rounds()}
+    return (one.run_folder / "records.jsonl").read_bytes(), states
+
+
+def assert_same_bits(found: Config, expected: Config) -> None:
+    (records_found, states), (records_expected, wanted) = contents(found), contents(expected)
+    assert records_found == records_expected
+    assert states.keys() == wanted.keys()
+    for round, leaves in states.items():
+        for leaf, right in zip(leaves, wanted[round], strict=True):
+            assert leaf.dtype == right.dtype and leaf.tobytes() == right.tobytes()
+
+
+def ending_runs(folder: Path) -> list[Config]:
+    """Ten rounds of five runs, of which the second is given up after round 4, and the last diverges at once."""
+    file = write(folder, rounds=10)
+    rates = (0.05, 0.1, 0.02, 0.07, 1e38)
+    return [config.load(file, [f"local.learning_rate={rate}", f"name=r{rate}", "engine.lanes=2"]) for rate in rates]
+
+
+def give_up(run: int, history: list[dict]) -> str | None:
+    return "hopeless" if run == 1 and len(history) == 4 else None
+
+
+def killed_at(kill: tuple[int, int], run: int, history: list[dict]) -> str | None:
+    if (run, len(history)) == kill:
+        raise Killed
+    return give_up(run, history)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> list[Config]:
+    configs = ending_runs(tmp_path_factory.mktemp("whole"))
+    reasons = [outcome.reason for outcome in run_together(configs, QUIET, stop=give_up)]
+    assert reasons == ["finished", "hopeless", "finished", "finished", "diverged"]
+    return configs
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [(0, 2)],  # before anybody's first checkpoint
+        [(2, 2)],  # some have the first one
+        [(2, 4)],  # the second run has ended ahead of the others
+        [(0, 6)],  # all are where it ended
+        [(3, 6), (2, 8)],
+    ],
+)
+def test_a_kill_between_two_saves_changes_no_bit(whole, tmp_path, kills):
+    """The runs go back to a round of which all have a checkpoint; those that have ended keep their place."""
+    configs = ending_runs(tmp_path)
+    for kill in kills:
+        with pytest.raises(Killed):
+            run_together(configs, QUIET, stop=partial(killed_at, kill))
+    outcomes = run_together(configs, QUIET, stop=give_up)
+    assert [outcome.reason for outcome in outcomes] == ["finished", "hopeless", "finished", "finished", "diverged"]
+    for found, expected in zip(configs[:4], whole[:4], strict=True):
+        assert_same_bits(found, expected)
+    assert (configs[4].run_folder / "records.jsonl").read_bytes() == b""
+
+
+def test_runs_without_a_common_checkpoint_say_that_they_go_on_apart(tmp_path, capsys):
+    configs = some_runs(tmp_path, "apart", rounds=8)[:2]
+    outcomes = run_together(configs, QUIET, stop=lambda run, history: "interrupted" if len(history) == 6 else None)
+    assert [outcome.reason for outcome in outcomes] == ["interrupted"] * 2
+    for one, round in zip(configs, (4, 6), strict=True):
+        shutil.rmtree(one.run_folder / "checkpoints" / str(round))
+    outcomes = run_together(configs, Console(width=300))
+    assert [outcome.rounds for outcome in outcomes] == [8, 8]
+    assert "have no checkpoint of one round" in capsys.readouterr().out
 
 
 def test_groups_hold_what_differs_in_numbers_only(tmp_path):

@@ -7,10 +7,8 @@ divergence) are tried once more.
 
 import contextlib
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -26,7 +24,8 @@ from fedjax_qp.sweep.space import Sweep, base_values
 from fedjax_qp.sweep.stopping import Curves, Peer
 from fedjax_qp.sweep.tasks import Assignment, Task, unfinished
 from fedjax_qp.sweep.trials import Store, Trial
-from fedjax_qp.together import groups
+from fedjax_qp.terminal import leave, listening
+from fedjax_qp.together import groups, remembered_programs
 
 
 class Outcome(NamedTuple):
@@ -94,30 +93,45 @@ def assignments(store: Store, base: dict[str, Any], trials: Sequence[Trial]) -> 
     ]
 
 
-def tasks_of(store: Store, runs: Sequence[Assignment], workers: int) -> list[Task]:
+def tasks_of(store: Store, runs: Sequence[Assignment], workers: int, everyone: Sequence[Assignment] = ()) -> list[Task]:
     """Divides runs into tasks: those that share a program together, cut into slices where there are several workers.
 
-    A slice ends between two trials if it can, so that the seeds of a trial advance together.
+    A slice ends between two trials if it can, so that the seeds of a trial advance together. Runs that have begun stay with
+    those they began with, also with those that have ended: in the same program they come to the same bits.
+
+    Args:
+      runs: those that have not ended.
+      everyone: all of these trials.
     """
-    sweep, tasks = store.sweep, []
+    sweep = store.sweep
+    parts = _begun_together(store, runs, everyone)
+    placed = {run.name for part in parts for run in part}
+    new = [run for run in runs if run.name not in placed]
+    for members in groups([configuration.from_dict(run.config) for run in new]):
+        group = [new[index] for index in members]
+        parts += _slices(group, sweep.runs_per_task or -(-len(group) // workers))
     peers = tuple(Peer(trial.name, trial.point.variant) for trial in store.trials)
-    for members in groups([configuration.from_dict(run.config) for run in runs]):
-        group = [runs[index] for index in members]
-        for part in _slices(group, sweep.runs_per_task or -(-len(group) // workers)):
-            key = f"task{len(tasks):03d}-{part[0].name}"
-            tasks.append(
-                Task(
-                    key=key,
-                    folder=str(store.folder),
-                    attempt=store.attempt,
-                    runs=tuple(part),
-                    rank=sweep.rank,
-                    rule=sweep.early_stopping,
-                    peers=peers,
-                    seeds=sweep.seeds,
-                )
-            )
-    return tasks
+    return [
+        Task(
+            key=f"task{number:03d}-{part[0].name}",
+            folder=str(store.folder),
+            attempt=store.attempt,
+            runs=tuple(part),
+            rank=sweep.rank,
+            rule=sweep.early_stopping,
+            peers=peers,
+            seeds=sweep.seeds,
+        )
+        for number, part in enumerate(parts)
+    ]
+
+
+def _begun_together(store: Store, runs: Sequence[Assignment], everyone: Sequence[Assignment]) -> list[list[Assignment]]:
+    """The programs of several runs, in their order, of which some have not ended."""
+    programs = remembered_programs([store.runs_folder / run.name for run in everyone])
+    waiting = {run.name for run in runs}
+    parts = [[everyone[index] for index in members] for members in programs if len(members) > 1]
+    return [part for part in parts if any(run.name in waiting for run in part)]
 
 
 def _slices(group: Sequence[Assignment], most: int) -> Iterator[list[Assignment]]:
@@ -137,32 +151,35 @@ def _slices(group: Sequence[Assignment], most: int) -> Iterator[list[Assignment]
 def _execute(store: Store, base: dict[str, Any], curves: Curves, console: Console, platforms: str) -> bool:
     """Runs what is left; returns whether it was interrupted."""
     sweep = store.sweep
-    received: list[int] = []
+    received: list[str] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals(console, store.end_attempt, received))
         client = None
         for trials in _batches(store, base, curves):
-            runs = unfinished(store.folder, assignments(store, base, trials))
+            everyone = assignments(store, base, trials)
+            runs = unfinished(store.folder, everyone)
             if runs and not received:
                 if client is None:
                     console.print(f"{len(runs)} runs to do; logs and results: {store.folder}", soft_wrap=True)
                     client = stack.enter_context(connect(sweep, store.folder / "dask.log", platforms))
                 with LiveTable(store, curves, console) as shown:
-                    watch = _watch(store, shown)
-                    run_tasks(client, tasks_of(store, runs, workers_of(client)), sweep.retries, watch)
+                    watch = _watch(store, shown, received)
+                    run_tasks(client, tasks_of(store, runs, workers_of(client), everyone), sweep.retries, watch)
                     watch()
             if received:
                 break
     return bool(received)
 
 
-def _watch(store: Store, shown: LiveTable) -> Callable[[], None]:
+def _watch(store: Store, shown: LiveTable, received: Sequence[str]) -> Callable[[], None]:
     """What happens every second while tasks run."""
 
     recorded = False
 
     def watch() -> None:
         nonlocal recorded
+        if len(received) > 1:
+            raise Interrupted
         shown.update()
         recorded = recorded or check_metric(store)
 
@@ -209,23 +226,16 @@ def _write(store: Store, rows: Sequence[Row], curves: Curves, console: Console) 
 
 
 @contextlib.contextmanager
-def _signals(console: Console, end: Callable[[], None], received: list[int]) -> Iterator[None]:
-    """Notes SIGINT and SIGTERM in `received` and asks the workers to end. A second one does not wait for them."""
+def _signals(console: Console, end: Callable[[], None], received: list[str]) -> Iterator[None]:
+    """Notes signals in `received` and asks the workers to end. A second one does not wait for them."""
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise Interrupted
-        received.append(number)
-        end()
-        console.print(f"{signal.Signals(number).name}: the workers finish their chunks; once more to leave at once")
+    def note(name: str) -> None:
+        received.append(name)
+        if len(received) == 1:
+            end()
+            console.print(f"{name}: the workers finish their chunks; once more to leave without waiting for them")
+        elif len(received) > 2:  # the second one closes the cluster, which may take its time
+            leave(f"{name}: left at once; the same command continues the sweep")
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: somebody else owns the signals
-        before = {}
-    try:
-        with contextlib.suppress(Interrupted):
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with contextlib.suppress(Interrupted), listening(note):
+        yield

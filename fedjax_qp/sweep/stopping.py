@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from fedjax_qp import records
 from fedjax_qp.sweep.space import EarlyStopping, Rank
-from fedjax_qp.sweep.trials import read_attempt, read_ending, stop_trial, stopped_file
+from fedjax_qp.sweep.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 
 Curve = list[tuple[int, float]]  # (round, value) of each evaluation
 
@@ -106,12 +106,13 @@ class Judge:
             return "interrupted"
         if self._rule is None or not history:
             return None
-        file = stopped_file(self._folder, trial)
-        if not file.exists():
-            reason = self._worse_than_median(trial, {seed: curve(history, self._rank.metric)}, history[-1]["round"])
-            if reason is None:
-                return None
-            stop_trial(self._folder, trial, reason)
+        given_up, round = read_stopped(self._folder, trial), history[-1]["round"]
+        if given_up is not None:  # rounds before that are computed again after a kill; it ends where it did
+            return "stopped early" if round >= given_up[1] else None
+        reason = self._worse_than_median(trial, {seed: curve(history, self._rank.metric)}, round)
+        if reason is None:
+            return None
+        stop_trial(self._folder, trial, reason, round)
         return "stopped early"
 
     def _worse_than_median(self, trial: str, own: dict[int, Curve], round: int) -> str | None:

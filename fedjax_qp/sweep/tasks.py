@@ -1,6 +1,5 @@
 """What a worker does: one task is some runs that share a program."""
 
-import json
 import os
 import socket
 import time
@@ -14,7 +13,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.space import EarlyStopping, Rank
 from fedjax_qp.sweep.stopping import Curves, Judge, Peer
-from fedjax_qp.sweep.trials import COMPLETE, Ending, read_attempt, read_ending, run_locks, stopped_file, write_ending
+from fedjax_qp.sweep.trials import COMPLETE, Ending, read_attempt, read_ending, read_stopped, run_locks, write_ending
 from fedjax_qp.together import run_together
 
 _WAIT = 0.5  # seconds between two looks at a lock that another worker holds
@@ -88,33 +87,35 @@ def mark_failed(task: Task, reason: str) -> None:
 
 def _run(task: Task, console: Console) -> None:
     folder = Path(task.folder)
-    _end_given_up(folder, task.runs)
+    if len(task.runs) == 1:  # one of several has its place in their program to the end, see `together`
+        _end_given_up(folder, task.runs[0])
     runs = unfinished(folder, task.runs)
     if not runs:
         return
     judge = Judge(folder, task.attempt, task.rank, task.rule, task.peers, task.seeds)
-    configs = [configuration.from_dict(run.config) for run in runs]
     try:
         outcomes = run_together(
-            configs, console, stop=lambda index, history: judge.verdict(runs[index].trial, runs[index].seed, history)
+            [configuration.from_dict(run.config) for run in task.runs],
+            console,
+            stop=lambda index, history: judge.verdict(task.runs[index].trial, task.runs[index].seed, history),
+            beside=sorted((folder / "runs").glob("*/")),
         )
     except ConfigurationError as error:  # another try would end in the same way
-        if len(runs) > 1:
+        if len(task.runs) > 1:
             raise
         write_ending(folder / "runs" / runs[0].name, Ending("failed", str(error), 0))
         return
-    for run, outcome in zip(runs, outcomes, strict=True):
+    for run, outcome in zip(task.runs, outcomes, strict=True):
         ending = _ending(folder, run, outcome.reason, outcome.rounds)
-        if ending is not None:
+        if ending is not None and run in runs:
             write_ending(folder / "runs" / run.name, ending)
 
 
-def _end_given_up(folder: Path, runs: Sequence[Assignment]) -> None:
-    """Ends runs of trials that were given up before their worker died, so that they do not go on for another chunk."""
-    for run in unfinished(folder, runs):
-        if stopped_file(folder, run.trial).exists():
-            rounds = Curves("").rounds(folder / "runs" / run.name)
-            write_ending(folder / "runs" / run.name, _stopped(folder, run, rounds))
+def _end_given_up(folder: Path, run: Assignment) -> None:
+    """Ends a run of a trial that was given up before its worker died, so that it does not go on for another chunk."""
+    if unfinished(folder, [run]) and read_stopped(folder, run.trial) is not None:
+        rounds = Curves("").rounds(folder / "runs" / run.name)
+        write_ending(folder / "runs" / run.name, _stopped(folder, run, rounds))
 
 
 def _ending(folder: Path, run: Assignment, reason: str, rounds: int) -> Ending | None:
@@ -128,7 +129,8 @@ def _ending(folder: Path, run: Assignment, reason: str, rounds: int) -> Ending |
 
 
 def _stopped(folder: Path, run: Assignment, rounds: int) -> Ending:
-    return Ending("stopped", json.loads(stopped_file(folder, run.trial).read_text()), rounds)
+    reason, _ = read_stopped(folder, run.trial) or ("given up", 0)
+    return Ending("stopped", reason, rounds)
 
 
 def _left_behind(task: Task) -> bool:

@@ -23,8 +23,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedjax_qp import config as configuration
+from fedjax_qp.files import read_mark, write_json, write_whole, writing
 from fedjax_qp.locks import lock_folder, lock_now
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.strict import load_json, load_yaml, read_text
 from fedjax_qp.sweep.search import Point, identity
 from fedjax_qp.sweep.space import Sweep, to_dict
 
@@ -81,7 +83,7 @@ class Store:
             raise
         self.trials = _read_trials(self.folder)
         self.attempt = uuid.uuid4().hex
-        _write(self.folder / "attempt", self.attempt)
+        write_whole(self.folder / "attempt", self.attempt)
 
     @property
     def runs_folder(self) -> Path:
@@ -96,7 +98,8 @@ class Store:
         new = [point for point in points if identity(point) not in known]
         trials = [Trial(number, point) for number, point in enumerate(new, len(self.trials))]
         _repair(self.folder / "trials.jsonl")
-        with (self.folder / "trials.jsonl").open("a", encoding="utf-8") as file:
+        path = self.folder / "trials.jsonl"
+        with writing(path), path.open("a", encoding="utf-8") as file:
             for trial in trials:
                 file.write(json.dumps({"number": trial.number, **trial.point._asdict()}) + "\n")
             file.flush()
@@ -110,7 +113,7 @@ class Store:
 
     def end_attempt(self) -> None:
         """Asks all workers to finish their chunks and leave."""
-        _write(self.folder / "attempt", "")
+        write_whole(self.folder / "attempt", "")
 
     def close(self) -> None:
         """Gives the folder back; a second call does nothing."""
@@ -128,43 +131,66 @@ class Store:
         file = self.folder / "sweep.yaml"
         values = {**_plain(to_dict(self.sweep)), "base": base}
         if file.exists():
-            changes = changes_to_the_past(yaml.safe_load(file.read_text()), values)
+            changes = changes_to_the_past(_saved(file), values)
             if changes:
                 raise ConfigurationError(
                     f"{self.folder} holds a sweep with other settings: {'; '.join(changes)}. Its trials would not belong "
                     "together: choose another name=, or undo the change. What only adds (seeds, trials, values of a grid, "
                     "variants) is welcome."
                 )
-        _write(file, yaml.safe_dump(values, sort_keys=False))
+        write_whole(file, yaml.safe_dump(values, sort_keys=False))
+
+
+def _saved(file: Path) -> dict[str, Any]:
+    """The sweep that a folder holds."""
+    found = load_yaml(read_text(file), str(file))
+    if not isinstance(found, dict) or not {"search", "seeds", "trials", "variants", "space"} <= found.keys():
+        raise ConfigurationError(f"{file} is damaged: restore it from a backup, or choose another name= for the sweep.")
+    return found
 
 
 def read_ending(run_folder: Path) -> Ending | None:
     """How a run ended, or None while it has not."""
-    try:
-        return Ending(**json.loads((run_folder / OUTCOME).read_text()))
-    except FileNotFoundError:
-        return None
+    found = read_mark(run_folder / OUTCOME)
+    whole = found is not None and found.keys() == set(Ending._fields) and type(found["rounds"]) is int
+    return (
+        Ending(**found) if found is not None and whole else None
+    )  # of a damaged one, the run itself knows how it ended
 
 
 def write_ending(run_folder: Path, ending: Ending) -> None:
     """Marks a run as ended for good."""
     run_folder.mkdir(parents=True, exist_ok=True)
-    _write(run_folder / OUTCOME, json.dumps(ending._asdict()))
+    write_json(run_folder / OUTCOME, ending._asdict())
 
 
 def read_attempt(folder: Path) -> str:
-    return (folder / "attempt").read_text()
+    """Names the sweep process that owns the folder; "" where none does."""
+    try:
+        return (folder / "attempt").read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
 
 
 def stopped_file(folder: Path, trial: str) -> Path:
     return folder / "stopped" / f"{trial}.json"
 
 
-def stop_trial(folder: Path, trial: str, reason: str) -> None:
-    """Gives a trial up, with all of its seeds."""
+def stop_trial(folder: Path, trial: str, reason: str, round: int = 0) -> None:
+    """Gives a trial up after a round, with all of its seeds."""
     file = stopped_file(folder, trial)
     file.parent.mkdir(exist_ok=True)
-    _write(file, json.dumps(reason))
+    write_json(file, {"reason": reason, "round": round})
+
+
+def read_stopped(folder: Path, trial: str) -> tuple[str, int] | None:
+    """Why a trial was given up and after which round, or None; of a damaged file only that it was."""
+    file = stopped_file(folder, trial)
+    if not file.exists():
+        return None
+    found = read_mark(file) or {}
+    round = found.get("round")
+    return str(found.get("reason", "given up")), round if type(round) is int else 0
 
 
 @contextlib.contextmanager
@@ -227,27 +253,26 @@ def _without_added_values(before: dict[str, Any], after: dict[str, Any]) -> dict
 def _read_trials(folder: Path) -> list[Trial]:
     file = folder / "trials.jsonl"
     _repair(file)
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    values = [json.loads(line) for line in lines]
-    return [Trial(value.pop("number"), Point(**value)) for value in values]
+    lines = read_text(file).splitlines() if file.exists() else []
+    return [_trial(line, number, f"{file}, line {number + 1}") for number, line in enumerate(lines)]
+
+
+def _trial(line: str, number: int, where: str) -> Trial:
+    value = load_json(line, where)
+    if not isinstance(value, dict) or value.keys() != {"number", *Point._fields} or value["number"] != number:
+        raise ConfigurationError(
+            f"{where} is not trial {number}: restore the file, or choose another name= for the sweep."
+        )
+    del value["number"]
+    return Trial(number, Point(**value))
 
 
 def _repair(file: Path) -> None:
     """Cuts off a last line that a kill left unfinished; none of its runs had started."""
     if file.exists() and not (content := file.read_bytes()).endswith(b"\n") and content:
-        _write(file, content[: content.rfind(b"\n") + 1].decode())
+        write_whole(file, content[: content.rfind(b"\n") + 1])
 
 
 def _plain(values: Any) -> Any:
     """As YAML and JSON read it back: lists, not tuples."""
     return yaml.safe_load(yaml.safe_dump(json.loads(json.dumps(values, default=str))))
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file so that at any moment either the old or the new content is there."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
