@@ -3,27 +3,30 @@
 Numbers are means over seeds with their sample standard deviation. The difference to a baseline is paired, taken seed
 by seed: runs of one seed share their partition, their cohorts and their first model, and much of the spread over seeds
 comes from these. Settings other than the algorithm in which compared runs differ are part of the result.
+
+Runs of different length are compared over the rounds that all of them were to have. What was measured and is not finite is
+no missing value: it makes the means that it belongs to "not finite" (null in JSON).
 """
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-from rich.markup import escape
-from rich.table import Table
-
 from fedjax_qp import config as configuration
 from fedjax_qp import records as recorded
+from fedjax_qp import strict
 from fedjax_qp.records import ENDED, FAILURE
 from fedjax_qp.registry import ConfigurationError, unknown_name
+from fedjax_qp.tables import TextTable, without_empty
 
-# Where and how a run was computed; its results do not depend on it. `engine.lanes` is even measured anew in each run.
-_ARRANGEMENT = ("folder", "engine", "checkpoints", "tracking")
-_MISSING = "–"
+# Where and how a run was computed, and how long; what it computes in a round does not depend on it. `engine.lanes` is even
+# measured anew in each run.
+_ARRANGEMENT = ("folder", "engine", "checkpoints", "tracking", "rounds", "evaluation")
+_MISSING, _BROKEN = "–", "not finite"
 
 
 class Run(NamedTuple):
@@ -32,6 +35,7 @@ class Run(NamedTuple):
     folder: Path
     config: dict[str, Any]
     records: list[dict]
+    done: int | None = None  # its last round, where its records are not compared up to there
 
 
 class Method(NamedTuple):
@@ -70,6 +74,7 @@ class Row(NamedTuple):
     method: str
     seeds: list[int]
     last: int
+    perplexity: Spread | None  # of a language model: mean over clients, mean of the last `last` evaluations
     accuracy: Spread | None  # mean of the last `last` evaluations
     final: Spread | None  # the last evaluation
     best: Spread | None
@@ -78,33 +83,73 @@ class Row(NamedTuple):
     drift: Spread | None  # mean over rounds of the mutations' mean coefficient
     difference: Difference | None  # of `accuracy`; None without a baseline and for the baseline itself
     unequal: list[str]  # what besides the algorithm differs from the baseline (or the first method)
-    unfinished: list[str]  # runs that diverged or did not come to their end
+    unfinished: list[str]  # runs that diverged or did not come to their end, or whose records have gaps
+    remarks: list[str]  # what else a reader must know of its runs
 
 
 def load_runs(folders: Iterable[Path]) -> list[Run]:
     """Reads run folders.
 
     Raises:
-      ConfigurationError: a folder is not a run folder; the message names what is missing.
+      ConfigurationError: a folder is not a run folder, or a file in it is damaged; the message names what is missing.
     """
     runs = []
     for folder in map(Path, folders):
-        records, file = recorded.read(folder), folder / "config.yaml"
-        if not file.is_file():
-            raise ConfigurationError(
-                f"{folder} is not a run folder: it has no config.yaml. Give the folder of one run."
-            )
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "name" not in config:
-            raise ConfigurationError(f"{file} is not the configuration of a run: it has no name.")
-        runs.append(Run(folder, config, records))
+        records = recorded.read(folder)
+        runs.append(Run(folder, _settings_file(folder), records))
     if not runs:
         raise ConfigurationError("nothing to compare: give one or more run folders.")
     return runs
 
 
+def _settings_file(folder: Path) -> dict[str, Any]:
+    """A run's configuration, parts in their long form. Only what is needed to compare is checked: old names may be gone."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigurationError(f"{folder} is not a run folder: it has no config.yaml. Give the folder of one run.")
+    values = strict.load_yaml(strict.read_text(file), str(file))
+    if not isinstance(values, dict) or "name" not in values:
+        raise ConfigurationError(f"{file} is not the configuration of a run: it has no name.")
+    for part in configuration.PARTS:
+        if isinstance(values.get(part), str):
+            values[part] = {"name": values[part]}
+    wrong = next((key for key, kind in _KINDS.items() if key in values and type(values[key]) is not kind), None)
+    wrong = wrong or next((part for part in configuration.PARTS if part in values and not _is_part(values[part])), None)
+    if wrong is not None or not _has_names(values):
+        what = "keys that are no text" if wrong is None else f"{wrong} = {str(values[wrong])[:60]!r}"
+        raise ConfigurationError(f"{file} is not the configuration of a run: it has {what}. Restore the file.")
+    return values
+
+
+_KINDS = {"name": str, "seed": int, "rounds": int}
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
+
+
+def _has_names(value: Any) -> bool:
+    """Whether all keys are text, also of inner mappings."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_has_names, value.values()))
+    return not isinstance(value, list) or all(map(_has_names, value))
+
+
+def over_common_rounds(runs: Sequence[Run]) -> list[Run]:
+    """The runs up to the last round that all of them were to have."""
+    common = min((run.config["rounds"] for run in runs if "rounds" in run.config), default=None)
+    if common is None:
+        return list(runs)
+    return [_cut(run, common) if run.config.get("rounds", common) > common else run for run in runs]
+
+
+def _cut(run: Run, rounds: int) -> Run:
+    records = [record for record in run.records if record["round"] <= rounds]
+    return Run(run.folder, run.config | {"rounds": rounds}, records, done=_finished(run))
+
+
 def methods(runs: Iterable[Run]) -> list[Method]:
-    """Groups runs that differ only in the seed, in the order in which they are first given.
+    """Groups runs that differ in nothing but the seed and their arrangement, in the order in which they are first given.
 
     Returns:
       Methods under their runs' name; where several have one name, the settings in which they differ are added.
@@ -135,21 +180,39 @@ def summary(
     Args:
       last: accuracies are means over so many last evaluations (all, where there are fewer).
       target: accuracy (0 to 1) for the rounds to reach it.
-      baseline: label of the method that paired differences are taken to.
+      baseline: label of the method that paired differences are taken to, or a name that only its runs have.
 
     Raises:
-      ConfigurationError: no method has the baseline's label, or a number is out of range.
+      ConfigurationError: no method is named like the baseline, or a number is out of range.
     """
     if last < 1:
         raise ConfigurationError(f"last = {last} must be at least 1 evaluation.")
     if target is not None and not 0 < target <= 1:
         raise ConfigurationError(f"target = {target} must be an accuracy between 0 and 1, for example 0.75.")
-    found = methods(runs)
-    by_label = {method.label: method for method in found}
-    if baseline is not None and baseline not in by_label:
-        raise unknown_name("baseline", baseline, by_label)
-    base = None if baseline is None else by_label[baseline]
+    found = methods(over_common_rounds(list(runs)))
+    base = None if baseline is None else named(found, baseline)
     return [_row(method, base, base or found[0], last, target) for method in found]
+
+
+def named(found: Sequence[Method], baseline: str) -> Method:
+    """The method of a label, or of a name that only its runs have: that of a run, or of its folder.
+
+    Raises:
+      ConfigurationError: there is none, or there are several.
+    """
+    exact = [method for method in found if method.label == baseline]
+    folder = Path(baseline).name
+    alike = exact or [
+        method
+        for method in found
+        if any(baseline == run.config["name"] or folder == run.folder.name for run in method.runs)
+    ]
+    if len(alike) == 1:
+        return alike[0]
+    if alike:
+        labels = ", ".join(repr(method.label) for method in alike)
+        raise ConfigurationError(f"baseline = {baseline!r} is the name of several methods: choose one of {labels}.")
+    raise unknown_name("baseline", baseline, [method.label for method in found])
 
 
 # --- quantities of one run --------------------------------------------------------------------------------------------
@@ -163,14 +226,14 @@ def _mean(values: list[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _worst_decile(run: Run, last: int) -> float | None:
-    deciles = [record["client_accuracy"]["q10"] for record in run.records if "client_accuracy" in record]
-    return _mean([value for value in deciles if value is not None][-last:])
+def series(run: Run, name: str) -> list[float]:
+    """All values of a recorded number, NaN where it was measured and is not finite."""
+    found = [recorded.value(record, name) for record in run.records]
+    return [value for value in found if value is not None]
 
 
-def _drift(run: Run) -> float | None:
-    values = [record.get("mutation/drift") for record in run.records]
-    return _mean([value for value in values if value is not None])
+def _last_mean(run: Run, name: str, last: int) -> float | None:
+    return _mean(series(run, name)[-last:])
 
 
 def _seed(run: Run) -> int:
@@ -189,38 +252,80 @@ def _row(method: Method, base: Method | None, reference: Method, last: int, targ
         return spread([quantity(run) for run in method.runs])
 
     def accuracy(run: Run) -> float | None:
-        return _mean(_evaluations(run)[-last:])
+        return _last_mean(run, "test_accuracy", last)
 
     return Row(
         method=method.label,
         seeds=[_seed(run) for run in method.runs],
         last=last,
+        perplexity=over_seeds(lambda run: _last_mean(run, "personal/perplexity/mean", last)),
         accuracy=over_seeds(accuracy),
-        final=over_seeds(lambda run: _mean(_evaluations(run)[-1:])),
+        final=over_seeds(lambda run: _last_mean(run, "test_accuracy", 1)),
         best=over_seeds(lambda run: max(_evaluations(run), default=None)),
-        worst_decile=over_seeds(lambda run: _worst_decile(run, last)),
+        worst_decile=over_seeds(lambda run: _last_mean(run, "client_accuracy/q10", last)),
         reached=None if target is None else _reached(method, target),
-        drift=over_seeds(_drift),
+        drift=over_seeds(lambda run: _mean([drift for drift in series(run, "mutation/drift") if math.isfinite(drift)])),
         difference=None if base is None or base is method else _difference(method, base, accuracy),
         unequal=_unequal(method, reference),
-        unfinished=[f"seed {_seed(run)} {state}" for run in method.runs if (state := unfinished(run)) is not None],
+        unfinished=[
+            f"seed {_seed(run)} {state}" for run in method.runs for state in (unfinished(run), incomplete(run)) if state
+        ],
+        remarks=_remarks(method),
     )
+
+
+def _remarks(method: Method) -> list[str]:
+    found = [f"seed {_seed(run)}: {said}" for run in method.runs if (said := recorded.nonfinite_tests(run.records))]
+    for rounds, seeds in _by_value(method, lambda run: run.done if (run.done or 0) > run.config["rounds"] else None):
+        common = method.runs[0].config["rounds"]
+        found.append(
+            f"compared over the first {common} rounds only, which all runs were to have; {seeds} has {rounds}."
+        )
+    every = [rounds for rounds, _ in _by_value(method, _every)]
+    if len(every) > 1:
+        found.append(f"its seeds were not evaluated equally often: every {_listed(sorted(every))} rounds.")
+    return found
+
+
+def _by_value(method: Method, quantity: Callable[[Run], int | None]) -> list[tuple[int, str]]:
+    """The different values of a quantity, each with the seeds that have it."""
+    groups: dict[int, list[int]] = {}
+    for run in method.runs:
+        if (value := quantity(run)) is not None:
+            groups.setdefault(value, []).append(_seed(run))
+    return [(value, f"seed{'s' if len(seeds) > 1 else ''} {_listed(seeds)}") for value, seeds in groups.items()]
+
+
+def _every(run: Run) -> int | None:
+    """Rounds between two evaluations, where the configuration says so."""
+    settings = run.config.get("evaluation")
+    every = settings.get("every") if isinstance(settings, dict) else None
+    return every if isinstance(every, int) else None
+
+
+def incomplete(run: Run) -> str | None:
+    """What a run's records lack up to where it has come; None where they are complete."""
+    look = getattr(recorded, "missing", None)
+    found = None if look is None or run.done is not None else look(run.folder, run.records)
+    return None if found is None else f"has records with {found}"
 
 
 def unfinished(run: Run) -> str | None:
     """Why a run's numbers are not those of a whole run; None where they are."""
     if (run.folder / FAILURE).exists():
-        return f"diverged after {_finished(run)} rounds"
+        return f"diverged after {run.done or _finished(run)} rounds"
     if not (run.folder / ENDED).exists() and _finished(run) < run.config.get("rounds", 0):
         return f"has {_finished(run)} of {run.config['rounds']} rounds"
     return None
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean and sample standard deviation of what is there; None where nothing is."""
+    """Mean and sample standard deviation of what is there; None where nothing is, NaN where something is not finite."""
     present = [value for value in values if value is not None]
     if not present:
         return None
+    if not all(map(math.isfinite, present)):
+        return Spread(math.nan, None, len(present))
     std = statistics.stdev(present) if len(present) > 1 else None
     return Spread(statistics.fmean(present), std, len(present))
 
@@ -244,6 +349,9 @@ def _unequal(method: Method, reference: Method) -> list[str]:
     """Settings outside the algorithm in which a method differs from the reference, and unequal numbers of rounds."""
     theirs, ours = (_settings(one.runs[0], "seed", "name", "algorithm") for one in (reference, method))
     found = configuration.differences(theirs, ours)
+    before, after = (_every(one.runs[0]) for one in (reference, method))
+    if before != after:
+        found.append(f"evaluation.every: {before} → {after}")
     rounds, expected = (sorted({_finished(run) for run in one.runs}) for one in (method, reference))
     if rounds != expected or len(rounds) > 1:
         found.append(f"rounds finished: {_listed(expected)} → {_listed(rounds)}")
@@ -251,7 +359,13 @@ def _unequal(method: Method, reference: Method) -> list[str]:
 
 
 def _settings(run: Run, *left_out: str) -> dict[str, Any]:
-    return {key: value for key, value in run.config.items() if key not in (*_ARRANGEMENT, *left_out)}
+    found = {key: value for key, value in run.config.items() if key not in (*_ARRANGEMENT, *left_out)}
+    partition = found.get("partition")
+    if (
+        isinstance(partition, dict) and partition.get("test", "common") == "common"
+    ):  # as in runs from before there was this
+        found["partition"] = {key: value for key, value in partition.items() if key not in ("test", "test_share")}
+    return found
 
 
 def _labels(runs: list[Run]) -> list[str]:
@@ -279,14 +393,9 @@ def _distinguishing(several: list[dict[str, Any]]) -> list[str]:
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[Row]) -> TextTable:
     """A table for the terminal; unequal settings are named below it."""
-    result = Table(caption="\n".join(notes(rows)) or None, caption_justify="left", caption_style="yellow")
-    for index, heading in enumerate(headings(rows)):
-        result.add_column(heading, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        result.add_row(*map(escape, cells(row, rows)))
-    return result
+    return TextTable(headings(rows), [cells(row, rows) for row in rows], notes=notes(rows))
 
 
 def to_markdown(rows: list[Row]) -> str:
@@ -309,8 +418,10 @@ def to_json(rows: list[Row]) -> str:
 
 
 def as_dict(value: Any) -> Any:
-    """Named tuples as dicts, also inside of other values."""
-    if hasattr(value, "_asdict"):
+    """Named tuples as dicts, also inside of other values; None for numbers that are not finite, which JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {key: as_dict(item) for key, item in value._asdict().items()}
     if isinstance(value, dict):
         return {key: as_dict(item) for key, item in value.items()}
@@ -318,47 +429,61 @@ def as_dict(value: Any) -> Any:
 
 
 def headings(rows: list[Row]) -> list[str]:
-    """The columns of the table of these rows."""
-    found = ["method", "seeds", f"accuracy, last {rows[0].last} (%)", "final (%)", "best (%)", "worst decile (%)"]
-    if rows[0].reached is not None:
-        found.append(f"rounds to {100 * rows[0].reached.target:g} %")
-    if _any(rows, "drift"):
-        found.append("drift")
-    baselines = [row.difference.baseline for row in rows if row.difference is not None]
-    return found + [f"minus {name} (points)" for name in baselines[:1]]
+    """The columns of the table of these rows; those in which nothing stands are left out."""
+    return _grid(rows)[0]
 
 
 def cells(row: Row, rows: list[Row]) -> list[str]:
     """One row's text under these columns."""
-    shares = (row.accuracy, row.final, row.best, row.worst_decile)
-    found = [row.method, str(len(row.seeds)), *(_shown(share, scale=100) for share in shares)]
-    if row.reached is not None:
-        median = _MISSING if row.reached.median is None else f"{row.reached.median:g}"
-        found.append(f"{median} ({row.reached.seeds} of {len(row.seeds)})")
-    if _any(rows, "drift"):
-        found.append(_shown(row.drift))
-    if _any(rows, "difference"):
-        points = None if row.difference is None else row.difference.points
-        count = "" if points is None or points.seeds == len(row.seeds) else f" ({points.seeds} seeds)"
-        found.append(_shown(points, sign="+") + count)
-    return found
+    return _grid(rows)[1][rows.index(row)]
 
 
-def _any(rows: list[Row], field: str) -> bool:
-    return any(getattr(row, field) is not None for row in rows)
+def _grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    first = rows[0]
+    target = "" if first.reached is None else f"rounds to {100 * first.reached.target:g} %"
+    baselines = [row.difference.baseline for row in rows if row.difference is not None]
+    columns: dict[str, Callable[[Row], str]] = {
+        "method": lambda row: row.method,
+        "seeds": lambda row: str(len(row.seeds)),
+        f"perplexity, last {first.last}": lambda row: _shown(row.perplexity),
+        f"accuracy, last {first.last} (%)": lambda row: _shown(row.accuracy, scale=100),
+        "final (%)": lambda row: _shown(row.final, scale=100),
+        "best (%)": lambda row: _shown(row.best, scale=100),
+        "worst decile (%)": lambda row: _shown(row.worst_decile, scale=100),
+        target: _shown_rounds,
+        "drift": lambda row: _shown(row.drift),
+        f"minus {(baselines or [''])[0]} (points)": _shown_difference,
+    }
+    return without_empty(list(columns), [[cell(row) for cell in columns.values()] for row in rows], _MISSING)
+
+
+def _shown_rounds(row: Row) -> str:
+    if row.reached is None:
+        return _MISSING
+    median = _MISSING if row.reached.median is None else f"{row.reached.median:g}"
+    return f"{median} ({row.reached.seeds} of {len(row.seeds)})"
+
+
+def _shown_difference(row: Row) -> str:
+    points = None if row.difference is None else row.difference.points
+    count = "" if points is None or points.seeds == len(row.seeds) else f" ({points.seeds} seeds)"
+    return _shown(points, sign="+") + count
 
 
 def _shown(spread: Spread | None, *, scale: float = 1, sign: str = "") -> str:
     if spread is None:
         return _MISSING
+    if not math.isfinite(spread.mean):
+        return _BROKEN
     mean = f"{scale * spread.mean:{sign}.2f}"
     return mean if spread.std is None else f"{mean} ± {scale * spread.std:.2f}"
 
 
 def notes(rows: list[Row]) -> list[str]:
-    """Where the comparison is not an equal one."""
+    """Where the comparison is not an equal one, and what else a reader must know."""
     baselines = [row.difference.baseline for row in rows if row.difference is not None]
     reference = (baselines or [row.method for row in rows])[0]
+    single = [row.method for row in rows if len(row.seeds) == 1]
     return [
         *(f"Not whole: {row.method}, {', '.join(row.unfinished)}." for row in rows if row.unfinished),
         *(
@@ -366,6 +491,8 @@ def notes(rows: list[Row]) -> list[str]:
             for row in rows
             if row.unequal
         ),
+        *(f"{row.method}: {remark}" for row in rows for remark in row.remarks),
+        *([f"One seed, so no spread: {', '.join(single)}."] if single else []),
     ]
 
 

@@ -1,33 +1,44 @@
-"""Compares runs in which every client has tests of its own: perplexity by client, and what it cost.
+"""Compares runs in which every client has tests of its own, and what it cost: perplexities of language models, accuracies of
+all others.
 
 Two views of a client are never mixed: "aggregated", the model it has after the server's last aggregation, and "tuned", as it
-left its own training. A method is compared with the baseline in the same view, seed by seed (Δ, in percent).
+left its own training. A method is compared with the baseline in the same view, seed by seed (Δ: perplexities in per cent,
+accuracies in points).
 """
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
-from fedjax_qp.compare import Method, Run, Spread, as_dict, markdown_lines, methods, spread
-from fedjax_qp.registry import unknown_name
+from fedjax_qp.compare import (
+    Method,
+    Run,
+    Spread,
+    as_dict,
+    markdown_lines,
+    methods,
+    named,
+    over_common_rounds,
+    series,
+    spread,
+)
+from fedjax_qp.tables import TextTable, without_empty
 
 VIEWS = {"aggregated": "personal", "tuned": "tuned"}  # our word: the key in a record
 
 
 class PersonalRow(NamedTuple):
-    """One method; perplexities are means over clients in the last evaluation, None where nothing was recorded."""
+    """One method in the last evaluation; None where nothing was recorded, NaN where it is not finite."""
 
     method: str
     seeds: list[int]
+    language: bool  # all below are perplexities, otherwise accuracies (shares, 0 to 1)
     common: Spread | None  # the server's model on the common test set
-    perplexity: dict[str, Spread | None]  # by view
+    perplexity: dict[str, Spread | None]  # by view, mean over clients
+    accuracy: dict[str, Spread | None]  # likewise; language models have both
     worst: dict[str, Spread | None]  # by view, of the worst client
-    change: dict[str, Spread | None]  # by view, percent above the baseline, paired by seed
+    change: dict[str, Spread | None]  # by view, above the baseline, paired by seed: per cent, of accuracies points
     trained_entries: float | None  # of a client's adapters
     upload_bytes: float | None  # of a client and round, mean over all
     download_bytes: float | None
@@ -42,75 +53,73 @@ def personal_summary(runs: Iterable[Run], *, baseline: str | None = None) -> lis
     """Summarises each method over its seeds.
 
     Raises:
-      ConfigurationError: no method has the baseline's label.
+      ConfigurationError: no method is named like the baseline.
     """
-    found = methods(runs)
-    by_label = {method.label: method for method in found}
-    if baseline is not None and baseline not in by_label:
-        raise unknown_name("baseline", baseline, by_label)
-    base = None if baseline is None else by_label[baseline]
-    return [_row(method, base) for method in found]
+    found = methods(over_common_rounds(list(runs)))
+    base = None if baseline is None else named(found, baseline)
+    language = any("perplexity" in record.get("personal", {}) for method in found for record in _records(method))
+    return [_row(method, base, language) for method in found]
 
 
-def personal_table(rows: Iterable[PersonalRow]) -> Table:
+def personal_table(rows: Sequence[PersonalRow]) -> TextTable:
     """For the terminal."""
-    title = "Perplexity, mean over clients (± over seeds)"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in COLUMNS:  # in a narrow terminal words are broken, and no figure is left out
-        table.add_column(name, justify="left" if name == "method" else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(escape, personal_cells(row)))
-    return table
+    return TextTable(*_grid(rows), title=f"{quantity(rows)}, mean over clients (± over seeds)")
 
 
-def personal_markdown(rows: Iterable[PersonalRow]) -> str:
+def personal_markdown(rows: Sequence[PersonalRow]) -> str:
     """The same as Markdown."""
-    return "\n".join(markdown_lines(COLUMNS, map(personal_cells, rows))) + "\n"
+    return "\n".join(markdown_lines(*_grid(rows))) + "\n"
 
 
 def personal_json(rows: Iterable[PersonalRow]) -> str:
     """The same with all digits."""
-    return json.dumps([as_dict(row) for row in rows], indent=1)
+    return json.dumps([as_dict(row) for row in rows], indent=1, allow_nan=False)
 
 
-COLUMNS = (
-    "method",
-    "aggregated",
-    "tuned",
-    "worst client",
-    "Δ aggregated",
-    "Δ tuned",
-    "common test",
-    "entries",
-    "kB up/down",
-)
+def quantity(rows: Sequence[PersonalRow]) -> str:
+    """What the rows compare."""
+    return "Perplexity" if rows[0].language else "Accuracy on clients' own tests"
 
 
-def _row(method: Method, base: Method | None) -> PersonalRow:
-    def last(run: Run, key: str, name: str) -> float | None:
-        found = [record[key]["perplexity"][name] for record in run.records if key in record]
+def _records(method: Method) -> list[dict]:
+    return [record for run in method.runs for record in run.records]
+
+
+def _row(method: Method, base: Method | None, language: bool) -> PersonalRow:
+    headline, worst = ("perplexity", "max") if language else ("accuracy", "min")
+
+    def last(run: Run, name: str) -> float | None:
+        found = series(run, name)
         return found[-1] if found else None
 
     def over_seeds(quantity: Callable[[Run], float | None]) -> Spread | None:
         return spread([quantity(run) for run in method.runs])
 
+    def by_view(name: str) -> dict[str, Spread | None]:
+        return {view: over_seeds(lambda run, key=key: last(run, f"{key}/{name}")) for view, key in VIEWS.items()}
+
     def change(key: str) -> Spread | None:
         if base is None or base is method:
             return None
-        theirs = {run.config.get("seed"): last(run, key, "mean") for run in base.runs}
-        pairs = [(last(run, key, "mean"), theirs.get(run.config.get("seed"))) for run in method.runs]
+        name = f"{key}/{headline}/mean"
+        theirs = {run.config.get("seed"): last(run, name) for run in base.runs}
+        pairs = [(last(run, name), theirs.get(run.config.get("seed"))) for run in method.runs]
+        if not language:
+            return spread([None if ours is None or other is None else 100 * (ours - other) for ours, other in pairs])
         return spread([None if not ours or not other else 100 * (ours / other - 1) for ours, other in pairs])
 
     def mean_of(name: str) -> float | None:
-        values = [record[name] for run in method.runs for record in run.records if record.get(name) is not None]
+        values = [record[name] for record in _records(method) if record.get(name) is not None]
         return sum(values) / len(values) if values else None
 
     return PersonalRow(
         method=method.label,
         seeds=[run.config.get("seed", 0) for run in method.runs],
-        common=over_seeds(_common),
-        perplexity={view: over_seeds(lambda run, key=key: last(run, key, "mean")) for view, key in VIEWS.items()},
-        worst={view: over_seeds(lambda run, key=key: last(run, key, "max")) for view, key in VIEWS.items()},
+        language=language,
+        common=over_seeds(_common_perplexity if language else lambda run: last(run, "test_accuracy")),
+        perplexity=by_view("perplexity/mean"),
+        accuracy=by_view("accuracy/mean"),
+        worst=by_view(f"{headline}/{worst}"),
         change={view: change(key) for view, key in VIEWS.items()},
         trained_entries=mean_of("client/trained_entries"),
         upload_bytes=mean_of("client/upload_bytes"),
@@ -118,31 +127,55 @@ def _row(method: Method, base: Method | None) -> PersonalRow:
     )
 
 
-def _common(run: Run) -> float | None:
-    losses = [record["test_loss"] for record in run.records if record.get("test_loss") is not None]
+def _common_perplexity(run: Run) -> float | None:
+    losses = series(run, "test_loss")
     try:
         return math.exp(losses[-1]) if losses else None
-    except OverflowError:  # not a number that JSON has
-        return None
+    except OverflowError:
+        return math.nan
 
 
-def personal_cells(row: PersonalRow) -> list[str]:
+def personal_headings(rows: Sequence[PersonalRow]) -> list[str]:
+    """The columns of the table of these rows; those in which nothing stands are left out."""
+    return _grid(rows)[0]
+
+
+def personal_cells(row: PersonalRow, rows: Sequence[PersonalRow]) -> list[str]:
     """One row's text under these columns."""
+    return _grid(rows)[1][list(rows).index(row)]
 
-    def number(value: Spread | None, form: str) -> str:
+
+def _grid(rows: Sequence[PersonalRow]) -> tuple[list[str], list[list[str]]]:
+    language = rows[0].language
+    unit, difference, scale = ("", " (%)", 1) if language else (" (%)", " (points)", 100)
+
+    def number(value: Spread | None, form: str = ".2f", scale: float = scale) -> str:
         if value is None:
             return "–"
-        return format(value.mean, form) + ("" if value.std is None else f" ± {value.std:.2f}")
+        if not math.isfinite(value.mean):
+            return "not finite"
+        return format(scale * value.mean, form) + ("" if value.std is None else f" ± {scale * value.std:.2f}")
 
-    traffic = "–"
-    if row.upload_bytes is not None and row.download_bytes is not None:
-        traffic = f"{row.upload_bytes / 1000:.0f}/{row.download_bytes / 1000:.0f}"
-    return [
-        row.method,
-        *(number(row.perplexity[view], ".2f") for view in VIEWS),
-        " / ".join(number(row.worst[view], ".2f") for view in VIEWS),
-        *(number(row.change[view], "+.1f") + ("" if row.change[view] is None else " %") for view in VIEWS),
-        number(row.common, ".2f"),
-        "–" if row.trained_entries is None else f"{row.trained_entries:,.0f}",
-        traffic,
-    ]
+    def worst(row: PersonalRow) -> str:
+        found = [number(value) for value in row.worst.values()]
+        return found[0] if found[1] in ("–", found[0]) else " / ".join(found)
+
+    def means(row: PersonalRow) -> dict[str, Spread | None]:
+        return row.perplexity if language else row.accuracy
+
+    columns: dict[str, Callable[[PersonalRow], str]] = {
+        "method": lambda row: row.method,
+        **{f"{view}{unit}": lambda row, view=view: number(means(row)[view]) for view in VIEWS},
+        f"worst client{unit}": worst,
+        **{f"Δ {view}{difference}": lambda row, view=view: number(row.change[view], "+.1f", 1) for view in VIEWS},
+        f"common test{unit}": lambda row: number(row.common),
+        "entries": lambda row: "–" if row.trained_entries is None else f"{row.trained_entries:,.0f}",
+        "kB up/down": _traffic,
+    }
+    return without_empty(list(columns), [[cell(row) for cell in columns.values()] for row in rows], "–")
+
+
+def _traffic(row: PersonalRow) -> str:
+    if row.upload_bytes is None or row.download_bytes is None:
+        return "–"
+    return f"{row.upload_bytes / 1000:.0f}/{row.download_bytes / 1000:.0f}"

@@ -23,6 +23,7 @@ test examples are left out. Nothing depends on the clock: two runs that compute 
 
 import contextlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
@@ -112,9 +113,8 @@ def nonfinite_tests(records: Iterable[dict]) -> str | None:
     """One sentence that names the tests whose loss was not finite, or None. Accuracies look healthy beside such a loss."""
     found: dict[str, list[int]] = {}
     for record in records:
-        kinds = (
-            ["the common test set"] if record.get("test_accuracy") is not None and record["test_loss"] is None else []
-        )
+        loss = value(record, "test_loss")
+        kinds = ["the common test set"] if loss is not None and math.isnan(loss) else []
         for view in VIEWS:
             clients = record.get(view, {}).get("nonfinite", [])
             kinds += (
@@ -414,6 +414,38 @@ def _numeric(value: Any) -> bool:
 
 def _line(record: dict) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
+
+
+def value(record: dict, name: str) -> float | None:
+    """A number of a record by its name, an inner one as "personal/perplexity/mean".
+
+    Returns:
+      NaN where what was measured is not finite, which a record holds as null; None where nothing was measured.
+    """
+    outer, _, inner = name.partition("/")
+    if name in record:
+        found = record[name]
+    elif inner and isinstance(record.get(outer), dict):
+        found = {outer: record[outer]}
+        for part in name.split("/"):
+            if not isinstance(found, dict) or part not in found:
+                return None
+            found = found[part]
+    else:
+        return None
+    if found is None and _was_measured(record, name):
+        return float("nan")
+    return float(found) if isinstance(found, int | float) else None
+
+
+def _was_measured(record: dict, name: str) -> bool:
+    """Whether a null stands for a number that is not finite."""
+    outer = name.partition("/")[0]
+    if outer in VIEWS:  # no client with tests may have taken part, or all of them
+        return "nonfinite" in record[outer]
+    if name == "train_loss" or outer == "client":
+        return record.get("reporting", 1) > 0
+    return outer != "client_accuracy" and (outer != "test_loss" or record.get("test_accuracy") is not None)
 
 
 def scalars(record: dict) -> list[tuple[str, float]]:

@@ -4,7 +4,7 @@ What comes from a run folder is text, never markup: the template escapes everyth
 """
 
 import base64
-import json
+import math
 import os
 import re
 import shlex
@@ -21,15 +21,15 @@ import yaml
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fedjax_qp import compare
+from fedjax_qp import compare, strict
 from fedjax_qp import config as configuration
 from fedjax_qp import records as recorded
 from fedjax_qp.compare import Run
-from fedjax_qp.compare_personal import COLUMNS as PERSONAL_COLUMNS
-from fedjax_qp.compare_personal import has_personal, personal_cells, personal_summary
+from fedjax_qp.compare_personal import has_personal, personal_cells, personal_headings, personal_summary, quantity
 from fedjax_qp.experiment import defaults
 from fedjax_qp.plots import plot_comparison, plot_run
 from fedjax_qp.records import ENDED, FAILURE
+from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import DRIFT_LIMIT
 from fedjax_qp.run_folder import TIMES
 from fedjax_qp.together import SHARED
@@ -126,13 +126,10 @@ def write_report(
 def comparison(runs: list[Run], *, last: int, target: float | None, baseline: str | None) -> dict[str, Any]:
     """The parts of a page that compares runs."""
     rows = compare.summary(runs, last=last, target=target, baseline=baseline)
-    warnings = compare.notes(rows)
-    if single := [row.method for row in rows if len(row.seeds) == 1]:
-        warnings.append(f"One seed, so no spread: {', '.join(single)}.")
     found = {
         "headings": compare.headings(rows),
         "cells": [compare.cells(row, rows) for row in rows],
-        "warnings": warnings,
+        "warnings": compare.notes(rows),
         "curves": _drawn(lambda path: plot_comparison(runs, path), "comparison"),
         "personal": None,
         "last": last,
@@ -144,7 +141,12 @@ def comparison(runs: list[Run], *, last: int, target: float | None, baseline: st
     }
     if has_personal(runs):
         personal = personal_summary(runs, baseline=baseline)
-        found["personal"] = {"headings": PERSONAL_COLUMNS, "cells": [personal_cells(row) for row in personal]}
+        found["personal"] = {
+            "quantity": quantity(personal),
+            "difference": "per cent above the baseline" if personal[0].language else "points above the baseline",
+            "headings": personal_headings(personal),
+            "cells": [personal_cells(row, personal) for row in personal],
+        }
     return found
 
 
@@ -158,17 +160,17 @@ def run_page(run: Run, output: Path, *, figures: bool = True) -> Page:
       output: the file that will link to the run's.
       figures: whether they are wanted.
     """
-    environment = _json(run.folder / "environment.json")
-    times = _times(run.folder)
+    environment, unreadable = _read(run.folder / "environment.json")
+    times, damaged = _times(run.folder)
     curves = None
     if figures and run.records:
-        curves = _drawn(lambda path: plot_run(run.records, path), "run")
+        curves = _drawn(lambda path: plot_run(run.records, path), "run")  # the page has a title of its own
     return Page(
         title=f"{run.config['name']}, seed {run.config.get('seed', 0)}",
         folder=str(run.folder),
         state=_state(run),
         facts=_facts(run, times),
-        warnings=run_warnings(run, environment),
+        warnings=[*run_warnings(run, environment), *unreadable, *damaged],
         settings=_settings(run),
         configuration=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         environment=_environment(environment),
@@ -184,12 +186,17 @@ def run_page(run: Run, output: Path, *, figures: bool = True) -> Page:
 def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[str]:
     """What a reader of a run's numbers must know."""
     found, lines = [], run.records
-    failure = _json(run.folder / FAILURE)
-    if failure:
-        found.append(f"The run diverged. {failure.get('message', '')}")
+    failure, unreadable = _read(run.folder / FAILURE)
+    found += unreadable
+    if (run.folder / FAILURE).exists():
+        found.append(f"The run diverged. {failure.get('message', '')}".strip())
     elif compare.unfinished(run) is not None:
         found.append(f"Unfinished: {_done(run)} of {run.config['rounds']} rounds.")
-    drifts = [(line.get("mutation/drift_largest", line.get("mutation/drift")) or 0, line["round"]) for line in lines]
+    if (lack := compare.incomplete(run)) is not None:
+        found.append(f"Not whole: the run {lack}.")
+    if (broken := recorded.nonfinite_tests(lines)) is not None:
+        found.append(f"{broken[0].upper()}{broken[1:]}")
+    drifts = _with_rounds(run, "mutation/drift_largest") or _with_rounds(run, "mutation/drift")
     large = [drift for drift in drifts if drift[0] >= DRIFT_LIMIT]
     if large:
         worst, at = max(large)
@@ -197,21 +204,21 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
             f"The mutations' mean coefficient is {DRIFT_LIMIT} or more in {len(large)} rounds, at most {worst:.2f} "
             f"(round {at}): from there on a run may diverge."
         )
-    failures = sum(line.get("qp/failures") or 0 for line in lines)
+    failures = sum(_numbers(run, "qp/failures"))
     if failures:
         found.append(
             f"{failures:g} quadratic programs missed the tolerance: forms nearest and box then took the closed form, joint "
             "and references the solver's best."
         )
-    residuals = [line["qp/residual"] for line in lines if isinstance(line.get("qp/residual"), int | float)]
-    if max(residuals, default=0) > _RESIDUAL:
-        found.append(f"The quadratic programs' largest residual is {max(residuals):.1e}, above {_RESIDUAL:.0e}.")
+    residual = max(_numbers(run, "qp/residual"), default=0)
+    if residual > _RESIDUAL:
+        found.append(f"The quadratic programs' largest residual is {residual:.1e}, above {_RESIDUAL:.0e}.")
     missing = [line["round"] for line in lines if line.get("train_loss") is None]
     if missing:
         found.append(
             f"No training loss in {len(missing)} rounds (the first is {missing[0]}): nobody reported, or it broke."
         )
-    evaluations = _accuracies(lines)
+    evaluations = _with_rounds(run, "test_accuracy")
     if evaluations and max(evaluations)[0] - evaluations[-1][0] > _FALLEN:
         best, at = max(evaluations)
         found.append(
@@ -222,8 +229,14 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
     return found
 
 
-def _accuracies(lines: list[dict]) -> list[tuple[float, int]]:
-    return [(line["test_accuracy"], line["round"]) for line in lines if line.get("test_accuracy") is not None]
+def _with_rounds(run: Run, name: str) -> list[tuple[float, int]]:
+    """The finite values of a recorded number, each with its round."""
+    found = [(recorded.value(line, name), line["round"]) for line in run.records]
+    return [(value, at) for value, at in found if value is not None and math.isfinite(value)]
+
+
+def _numbers(run: Run, name: str) -> list[float]:
+    return [value for value, _ in _with_rounds(run, name)]
 
 
 def _done(run: Run) -> int:
@@ -231,7 +244,7 @@ def _done(run: Run) -> int:
 
 
 def _state(run: Run) -> str:
-    ended = _json(run.folder / ENDED) or {}
+    ended, _ = _read(run.folder / ENDED)
     reason = "diverged" if (run.folder / FAILURE).exists() else ended.get("reason")
     if reason is None:
         reason = "finished" if _done(run) >= run.config.get("rounds", 0) else "unfinished"
@@ -239,22 +252,26 @@ def _state(run: Run) -> str:
 
 
 def _facts(run: Run, times: list[dict]) -> list[Fact]:
-    facts, evaluations = [], _accuracies(run.records)
-    if evaluations:
+    facts = []
+    for key, label in (("personal", "aggregated"), ("tuned", "tuned")):  # of language models it is the headline
+        if values := compare.series(run, f"{key}/perplexity/mean"):
+            shown = f"{values[-1]:.2f}" if math.isfinite(values[-1]) else "not finite"
+            facts.append(Fact(f"Perplexity, {label}", shown, "mean over clients"))
+    if evaluations := _with_rounds(run, "test_accuracy"):
         (final, at), (best, best_at) = evaluations[-1], max(evaluations)
         facts += [
             Fact("Test accuracy", f"{100 * final:.2f} %", f"round {at}"),
             Fact("Best", f"{100 * best:.2f} %", f"round {best_at}"),
         ]
-    deciles = [line["client_accuracy"].get("q10") for line in run.records if line.get("client_accuracy")]
-    if deciles and deciles[-1] is not None:
+    if deciles := _numbers(run, "client_accuracy/q10"):
         facts.append(Fact("Worst tenth of clients", f"{100 * deciles[-1]:.2f} %", "10 % quantile, label mixtures"))
-    for key, label in (("personal", "Perplexity, aggregated"), ("tuned", "Perplexity, tuned")):
-        views = [line[key]["perplexity"]["mean"] for line in run.records if key in line]
-        if views and views[-1] is not None:
-            facts.append(Fact(label, f"{views[-1]:.2f}", "mean over clients"))
-    drifts = [line["mutation/drift"] for line in run.records if line.get("mutation/drift") is not None]
-    if drifts:
+    for key, label in (("personal", "aggregated"), ("tuned", "tuned")):
+        values = _numbers(run, f"{key}/accuracy/mean")
+        if values and not compare.series(run, f"{key}/perplexity/mean"):
+            facts.append(
+                Fact(f"Personal accuracy, {label}", f"{100 * values[-1]:.2f} %", "mean over clients, own tests")
+            )
+    if drifts := _numbers(run, "mutation/drift"):
         facts.append(Fact("Drift", f"{statistics.fmean(drifts):.2f}", "mean over rounds"))
     if times:
         facts.append(Fact("Time", _duration(sum(line["seconds"] for line in times)), "compilation included"))
@@ -284,6 +301,7 @@ def _plain(value: Any) -> str:
 def _environment(found: dict[str, Any] | None) -> list[tuple[str, str]]:
     found = dict(found or {})
     packages = found.pop("packages", {})
+    packages = packages if isinstance(packages, dict) else {}
     rows = [(name, str(value)) for name, value in found.items() if value is not None]
     return rows + [(name, str(value)) for name, value in packages.items()]
 
@@ -296,17 +314,29 @@ def _final(lines: list[dict]) -> list[tuple[str, str, str]]:
     return [(name, f"{value:.6g}", str(at)) for name, (value, at) in sorted(last.items())]
 
 
-def _times(folder: Path) -> list[dict]:
-    """Seconds of the chunks; of one that was computed again after a kill, both."""
+def _times(folder: Path) -> tuple[list[dict], list[str]]:
+    """Seconds of the chunks (of one that was computed again after a kill, both), and what to say of damaged lines."""
     file = folder / TIMES
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # torn by a kill
-            continue
-    return found
+    try:
+        *lines, torn = strict.read_text(file).split("\n") if file.is_file() else [""]
+    except ConfigurationError as error:
+        return [], [f"Times are left out: {error}"]
+    found = [_time(line) for line in lines if line] + [
+        line for line in [_time(torn)] if line
+    ]  # the last one: by a kill
+    times = [line for line in found if line is not None]
+    lost = len(found) - len(times)
+    return times, [f"Times are incomplete: {lost} lines of {file} are damaged."] if lost else []
+
+
+def _time(line: str) -> dict | None:
+    try:
+        found = strict.load_json(line, TIMES)
+    except ConfigurationError:
+        return None
+    kinds = {"seconds": (int, float), "rounds": (int,), "first": (bool,)}
+    fits = isinstance(found, dict) and all(type(found.get(name)) in kind for name, kind in kinds.items())
+    return found if fits and found["rounds"] > 0 else None
 
 
 def _timing(run: Run, times: list[dict]) -> list[tuple[str, str]]:
@@ -319,8 +349,8 @@ def _timing(run: Run, times: list[dict]) -> list[tuple[str, str]]:
         first = [line["seconds"] - line["rounds"] * statistics.median(steady) for line in times if line["first"]]
         rows.append(("start and compilation, about", _duration(max(0.0, sum(first)))))
     rows.append(("processes", str(sum(line["first"] for line in times))))
-    together = (_json(run.folder / SHARED) or {}).get("runs", 1)
-    if together > 1:
+    together = _read(run.folder / SHARED)[0].get("runs", 1)
+    if isinstance(together, int) and together > 1:
         rows.append(("shared", f"{together} runs in one program: times are those of all"))
     return rows
 
@@ -355,8 +385,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _json(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """What a small file of a run holds, and a sentence where it is damaged; nothing where it is absent."""
+    if not file.is_file():
+        return {}, []
+    try:
+        found = strict.load_json(strict.read_text(file), str(file))
+    except ConfigurationError as error:
+        return {}, [f"Left out: {error}"]
+    return (found, []) if isinstance(found, dict) else ({}, [f"Left out: {file} holds no mapping."])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

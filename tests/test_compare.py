@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedjax_qp import compare
 from fedjax_qp.compare import Spread
+from fedjax_qp.compare_personal import personal_cells, personal_headings, personal_json, personal_summary
 from fedjax_qp.records import FILE
 from fedjax_qp.registry import ConfigurationError
 
@@ -147,12 +148,173 @@ def test_unequal_settings_are_part_of_the_result(tmp_path):
     ]
     rows = compare.summary(compare.load_runs(folders))
     assert rows[0].unequal == []
-    assert rows[1].unequal == ["data.name: 'digits' → 'mnist5k'", "rounds: 4 → 9", "rounds finished: 2 → 1"]
+    assert rows[1].unequal == ["data.name: 'digits' → 'mnist5k'", "rounds finished: 2 → 1"]
     assert "Not an equal comparison: a → b differs in data.name" in compare.to_markdown(rows)
     assert "Not an equal comparison" in shown(rows)
     swapped = compare.summary(compare.load_runs(folders), baseline="b")
     assert swapped[1].unequal == []
-    assert "rounds: 9 → 4" in swapped[0].unequal
+    assert "rounds finished: 1 → 2" in swapped[0].unequal
+
+
+def test_a_resumed_run_is_still_of_its_method(tmp_path):
+    """Compared over the rounds that all were to have, whatever they went on to do."""
+    folders = [
+        made_run(
+            tmp_path, "plain", 0, [0.1, 0.2, 0.3, 0.4, 0.9, 0.9], rounds=6, evaluation={"every": 1, "patience": 3}
+        ),
+        made_run(tmp_path, "plain", 1, [0.1, 0.2, 0.3, 0.6], evaluation={"every": 1}),
+        made_run(tmp_path, "better", 0, [0.1, 0.2, 0.3, 0.5]),
+        made_run(tmp_path, "better", 1, [0.1, 0.2, 0.3, 0.7], evaluation={"every": 2}),
+    ]
+    rows = compare.summary(compare.load_runs(folders), last=1, baseline="plain")
+    assert [(row.method, row.seeds) for row in rows] == [("plain", [0, 1]), ("better", [0, 1])]
+    assert close(rows[0].accuracy, 0.5, 0.02**0.5, 2)
+    assert rows[1].difference is not None and close(rows[1].difference.points, 10.0, 0.0, 2)
+    assert rows[0].remarks == ["compared over the first 4 rounds only, which all runs were to have; seed 0 has 6."]
+    assert "plain: compared over the first 4 rounds" in shown(rows)
+    assert rows[0].unfinished == [] and rows[1].unequal == ["evaluation.every: 1 → None"]
+
+
+def test_a_baseline_may_be_named_by_the_name_of_its_runs(tmp_path):
+    folders = [
+        made_run(tmp_path, "plain", 0, [0.5]),
+        made_run(tmp_path, "tried", 0, [0.5], algorithm={"name": "fedqp", "alpha": 2.0}),
+        made_run(tmp_path, "tried", 0, [0.6], algorithm={"name": "fedqp", "alpha": 4.0}),
+    ]
+    runs = compare.load_runs(folders)
+    for baseline in ("plain", folders[0].name, str(folders[0])):
+        assert [row.difference is None for row in compare.summary(runs, baseline=baseline)] == [True, False, False]
+    assert compare.summary(runs, baseline=folders[2].name)[2].difference is None
+    with pytest.raises(ConfigurationError, match=r"'tried' is the name of several methods: choose one of 'tried \(alg"):
+        compare.summary(runs, baseline="tried")
+
+
+def test_runs_from_before_clients_had_tests_are_of_the_same_method(tmp_path):
+    now = {"name": "iid", "clients": 10, "test": "common", "test_share": 0.2}
+    folders = [made_run(tmp_path, "a", 0, [0.5]), made_run(tmp_path, "a", 1, [0.5], partition=now)]
+    assert len(compare.methods(compare.load_runs(folders))) == 1
+    own = made_run(tmp_path, "a", 2, [0.5], partition=now | {"test": "own"})
+    assert len(compare.methods(compare.load_runs([*folders, own]))) == 2
+
+
+def language_run(root: Path, seed: int, perplexities: list[float | None], name: str = "lm") -> Path:
+    """Two clients; null is a perplexity that was no number."""
+    folder = made_run(root, name, seed, [0.25] * len(perplexities))
+    lines = []
+    for number, perplexity in enumerate(perplexities, 1):
+        spread = {"mean": perplexity, "min": 2.0, "max": perplexity, "clients": [2.0, perplexity]}
+        view = {"perplexity": spread, "loss": spread} | ({"nonfinite": [1]} if perplexity is None else {})
+        lines.append({"round": number, "test_loss": 1.0, "test_accuracy": 0.25, "personal": view})
+    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_language_runs_are_judged_by_perplexity(tmp_path):
+    rows = compare.summary(
+        compare.load_runs([language_run(tmp_path, s, [9.0, 4.0 + s, 5.0 + s]) for s in (0, 2)]), last=2
+    )
+    assert rows[0].perplexity is not None and close(rows[0].perplexity, 5.5, 2**0.5, 2)
+    assert compare.headings(rows) == [
+        "method",
+        "seeds",
+        "perplexity, last 2",
+        "accuracy, last 2 (%)",
+        "final (%)",
+        "best (%)",
+    ]
+
+
+def test_a_perplexity_that_is_no_number_is_not_missing(tmp_path):
+    rows = compare.summary(
+        compare.load_runs([language_run(tmp_path, 0, [4.0, None]), language_run(tmp_path, 1, [4.0, 5.0])])
+    )
+    assert compare.cells(rows[0], rows)[2] == "not finite"
+    assert json.loads(compare.to_json(rows))[0]["perplexity"]["mean"] is None
+    assert "lm: seed 0: a test loss is not finite" in shown(rows) and "personal model of client 1 (round 2)" in shown(
+        rows
+    )
+    (row,) = personal_summary(compare.load_runs([language_run(tmp_path, 2, [4.0, None])]))
+    assert (
+        personal_cells(row, [row])[1] == "not finite"
+        and json.loads(personal_json([row]))[0]["worst"]["aggregated"]["mean"] is None
+    )
+
+
+def image_run(root: Path, name: str, seed: int, accuracy: float) -> Path:
+    folder = made_run(root, name, seed, [0.5])
+    spread = {"mean": accuracy, "min": accuracy - 0.2, "max": 1.0}
+    line = {"round": 1, "test_loss": 1.0, "test_accuracy": 0.5, "personal": {"accuracy": spread, "loss": spread}}
+    (folder / FILE).write_text(json.dumps(line) + "\n")
+    return folder
+
+
+def test_personal_accuracies_of_images_are_compared_in_points(tmp_path):
+    runs = [
+        image_run(tmp_path, name, seed, level + 0.1 * seed)
+        for name, level in (("a", 0.5), ("b", 0.6))
+        for seed in (0, 1)
+    ]
+    rows = personal_summary(compare.load_runs(runs), baseline="a")
+    of_clients, change = rows[1].accuracy["aggregated"], rows[1].change["aggregated"]
+    assert of_clients is not None and close(of_clients, 0.65, 0.005**0.5, 2)
+    assert change is not None and close(change, 10.0, 0.0, 2)
+    assert personal_headings(rows) == [
+        "method",
+        "aggregated (%)",
+        "worst client (%)",
+        "Δ aggregated (points)",
+        "common test (%)",
+    ]
+    assert personal_cells(rows[1], rows) == ["b", "65.00 ± 7.07", "45.00 ± 7.07", "+10.0 ± 0.00", "50.00 ± 0.00"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_no_word_is_broken_in_a_narrow_terminal(tmp_path, three_seeds_each, width):
+    rows = compare.summary(three_seeds_each, last=2, target=0.6, baseline="fedavg")
+    text = io.StringIO()
+    Console(width=width, file=text).print(compare.table(rows))
+    words = set(text.getvalue().split())
+    assert {"accuracy,", "(points)", "decile"} <= words
+    assert all(len(line) <= width for line in text.getvalue().splitlines())
+    for cell in compare.cells(rows[1], rows):
+        assert cell in text.getvalue()
+
+
+def test_one_seed_is_said_in_the_terminal_too(tmp_path):
+    rows = compare.summary(compare.load_runs([made_run(tmp_path, "a", 0, [0.5])]))
+    assert "One seed, so no spread: a." in shown(rows)
+
+
+def test_names_are_no_markup(tmp_path):
+    (run,) = compare.load_runs([made_run(tmp_path, "a", 0, [0.5])])
+    assert "x[/red]" in shown(compare.summary([run._replace(config=run.config | {"name": "x[/red]"})]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: [a]\n", "name = "),
+        (b"name: a\nseed: one\n", "seed = 'one'"),
+        (b"name: a\nrounds: many\n", "rounds = 'many'"),
+        (b"name: a\nalgorithm: 5\n", "algorithm = '5'"),
+        (b"name: a\nlocal: {1: 2}\n", "keys that are no text"),
+        (b"name: a\nname: b\n", "stands twice"),
+        (b"name: !!python/object/apply:os.system [ls]\n", "not valid YAML"),
+        (b"\xff\xfe\x00garbage", "UTF-8"),
+        (b"- a\n", "not the configuration of a run"),
+    ],
+)
+def test_damaged_configurations_are_named_in_one_line(tmp_path, content, message):
+    folder = made_run(tmp_path, "a", 0, [0.5])
+    (folder / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=message) as error:
+        compare.load_runs([folder])
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_the_short_form_of_a_part_is_read(tmp_path):
+    folder = made_run(tmp_path, "a", 0, [0.5], algorithm="fedqp")
+    assert compare.load_runs([folder])[0].config["algorithm"] == {"name": "fedqp"}
 
 
 def test_runs_that_are_not_whole_are_named(tmp_path):

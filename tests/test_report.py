@@ -174,3 +174,59 @@ def test_the_command_chooses_the_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path / "nothing")])
     assert ended.value.code == 2 and "not a run folder" in capsys.readouterr().err
+
+
+DAMAGE = {
+    "environment.json": [
+        b"{",
+        b"\xff\xfe",
+        b"[1]",
+        b'{"packages": 3}',
+        b'{"a": 1, "a": 2}',
+        b"[" * 100_000,
+        b'{"a": NaN}',
+    ],
+    "times.jsonl": [
+        b'{"a": 1}\n',
+        b"\xff\n",
+        b'{"round": 1, "rounds": 0, "seconds": 1, "first": true}\n',
+        b"[" * 9999 + b"\n",
+    ],
+    "failure.json": [b"{", b"3"],
+    "ended.json": [b"{", b"[]"],
+    "together.json": [b"{", b'{"runs": "two"}'],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_files_are_left_out_with_a_sentence(tmp_path, name):
+    folder = made_run(tmp_path, "a", 0, [0.5, 0.5, 0.5, 0.5])
+    for content in DAMAGE[name]:
+        (folder / name).write_bytes(content)
+        page = run_page(compare.load_runs([folder])[0], tmp_path / "page.html")
+        said = [warning for warning in page.warnings if name in warning]
+        silent = name in ("ended.json", "together.json") or content == b'{"packages": 3}'
+        assert silent or (len(said) == 1 and "\n" not in said[0])
+
+
+def test_the_short_form_of_a_part_is_reported(tmp_path):
+    folder = made_run(tmp_path, "a", 0, [0.5], algorithm="fedqp")
+    settings = run_page(compare.load_runs([folder])[0], tmp_path / "page.html").settings
+    assert [row.value for row in settings["algorithm"] if row.name == "name"] == ["fedqp"]
+
+
+def test_perplexity_is_the_headline_of_a_language_run(tmp_path):
+    folder = made_run(tmp_path, "a", 0, [0.25])
+    spread = {"mean": 7.25, "max": 9.0, "clients": [5.5, 9.0]}
+    line = {
+        "round": 1,
+        "test_loss": None,
+        "test_accuracy": 0.25,
+        "personal": {"perplexity": spread, "accuracy": spread},
+    }
+    (folder / FILE).write_text(json.dumps(line) + "\n")
+    (run,) = compare.load_runs([folder])
+    facts = run_page(run, tmp_path / "page.html").facts
+    assert (facts[0].label, facts[0].value) == ("Perplexity, aggregated", "7.25")
+    assert not [fact for fact in facts if fact.label.startswith("Personal accuracy")]
+    assert any("the common test set (round 1)" in warning for warning in run_warnings(run))

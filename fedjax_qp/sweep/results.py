@@ -8,6 +8,7 @@ All of them are written anew whenever the sweep ends or is interrupted.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from fedjax_qp import records
 from fedjax_qp.compare import Spread, markdown_lines, spread
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.sweep.space import Rank, Sweep
-from fedjax_qp.sweep.stopping import Curves, metric_names, number, value_at
+from fedjax_qp.sweep.stopping import Curves, goodness, metric_names, value_at
 from fedjax_qp.sweep.trials import Ending, Store, Trial
 
 _ORDER = ("complete", "stopped", "running", "waiting", "diverged", "failed")
@@ -33,8 +34,10 @@ class Row(NamedTuple):
     label: str  # its variant and its searched settings
     status: str  # one of `_ORDER`: the worst of its seeds, once all have ended
     rounds: tuple[int, ...]  # done, by seed
-    value: Spread | None  # over seeds; None where nothing was recorded, and where a seed diverged or failed
-    reasons: tuple[str, ...]  # different ones in which its runs ended, other than "finished"
+    value: (
+        Spread | None
+    )  # over seeds; None where nothing was recorded, a seed diverged or failed, or its value is not finite
+    reasons: tuple[str, ...]  # different ones in which its runs ended, other than "finished", or have no value
 
 
 def summarise(store: Store, curves: Curves) -> list[Row]:
@@ -43,8 +46,7 @@ def summarise(store: Store, curves: Curves) -> list[Row]:
     sign = store.sweep.rank.sign
 
     def order(row: Row) -> tuple:
-        goodness = -float("inf") if row.value is None else sign * row.value.mean
-        return _ORDER.index(row.status), -goodness, row.trial.number
+        return _ORDER.index(row.status), -goodness(row.value and row.value.mean, sign), row.trial.number
 
     return sorted(rows, key=order)
 
@@ -84,7 +86,7 @@ def check_metric(store: Store) -> bool:
             ending = store.ending(trial, seed)
             if ending is not None and ending.status == "complete":
                 lines = records.read(store.run_folder(trial, seed))
-                if not any(number(line, store.sweep.rank.metric) is not None for line in lines):
+                if not any(records.value(line, store.sweep.rank.metric) is not None for line in lines):
                     raise unknown_name("metric (rank.metric)", store.sweep.rank.metric, metric_names(lines))
                 return True
     return False
@@ -117,7 +119,7 @@ def tidy(store: Store) -> pd.DataFrame:
         for seed in store.sweep.seeds:
             folder, ending = store.run_folder(trial, seed), store.ending(trial, seed)
             for line in records.read(folder) if (folder / records.FILE).exists() else []:
-                if number(line, store.sweep.rank.metric) is not None:
+                if records.value(line, store.sweep.rank.metric) is not None:
                     head = {"trial": trial.number, "variant": trial.point.variant, **fields, "seed": seed}
                     status = "unfinished" if ending is None else ending.status
                     entries.append({**head, "status": status, "round": line["round"], **dict(records.scalars(line))})
@@ -150,6 +152,8 @@ def _row(store: Store, curves: Curves, trial: Trial) -> Row:
     values = [value_at(curves.curve(folder), None, store.sweep.rank.last) for folder in folders]
     reasons = dict.fromkeys(end.reason for end in endings if end is not None and end.reason != "finished")
     value = None if status in ("diverged", "failed") else spread(values)
+    if value is not None and not math.isfinite(value.mean):
+        value, reasons = None, reasons | {f"{store.sweep.rank.metric} is not finite": None}
     return Row(trial, label(store.sweep, trial), status, rounds, value, tuple(reasons))
 
 

@@ -15,6 +15,7 @@ Which trials have come to a round depends on their order and on the workers' spe
 stop different trials. Judgement is passed where a chunk of rounds ends.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from fedjax_qp.sweep.space import EarlyStopping, Rank
 from fedjax_qp.sweep.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 
 Curve = list[tuple[int, float]]  # (round, value) of each evaluation
+number = records.value
 
 
 class Peer(NamedTuple):
@@ -63,24 +65,20 @@ class Curves:
 
 
 def curve(lines: Sequence[dict], metric: str) -> Curve:
-    """The rounds in which a metric was recorded as a number, and its values there."""
+    """The rounds in which a metric was recorded, and its values there: NaN where it was not finite."""
     found = [(line["round"], number(line, metric)) for line in lines]
     return [(round, value) for round, value in found if value is not None]
 
 
-def number(line: dict, metric: str) -> float | None:
-    """A number of a record by its name; inner ones as `personal/perplexity/mean`."""
-    if metric in line:
-        value = line[metric]
-        return float(value) if isinstance(value, int | float) else None
-    outer, _, inner = metric.partition("/")
-    return number(line[outer], inner) if inner and isinstance(line.get(outer), dict) else None
-
-
 def value_at(curve: Curve, round: int | None, last: int) -> float | None:
-    """Mean of the last evaluations up to a round (None: the end); None before the first."""
+    """Mean of the last evaluations up to a round (None: the end), NaN if one is; None before the first."""
     values = [value for at, value in curve if round is None or at <= round]
     return statistics.fmean(values[-last:]) if values else None
+
+
+def goodness(value: float | None, sign: int) -> float:
+    """The larger the better: a value that is not finite is worse than any other, as is none."""
+    return sign * value if value is not None and math.isfinite(value) else -float("inf")
 
 
 class Judge:
@@ -121,15 +119,16 @@ class Judge:
         if round < self._rule.after or value is None:
             return None
         sign, variant = self._rank.sign, self._peers[trial].variant
-        others = [peer.name for peer in self._peers.values() if peer.name != trial and peer.variant == variant]
-        stopped = [name for name in others if stopped_file(self._folder, name).exists()]
-        running = [self._value(name, round, {}) for name in others if name not in stopped and not self._broken(name)]
-        goodness = [-float("inf")] * len(stopped) + [sign * other for other in running if other is not None]
-        if len(goodness) < self._rule.least_trials or sign * value >= (median := statistics.median(goodness)):
+        names = [peer.name for peer in self._peers.values() if peer.name != trial and peer.variant == variant]
+        stopped = [name for name in names if stopped_file(self._folder, name).exists()]
+        running = [self._value(name, round, {}) for name in names if name not in stopped and not self._broken(name)]
+        others = [goodness(other, sign) for other in running if other is not None]
+        others += [-float("inf")] * len(stopped)
+        if len(others) < self._rule.least_trials or goodness(value, sign) >= (median := statistics.median(others)):
             return None
         return (
             f"{self._rank.metric} {value:.4g} in round {round} is worse than the median {sign * median:.4g} of "
-            f"{len(goodness)} other trials"
+            f"{len(others)} other trials"
         )
 
     def _broken(self, trial: str) -> bool:
