@@ -290,7 +290,8 @@ def inspect(
         with _writing(output):
             to_csv(found, output)
     for one in found:
-        console.print(f"numbers and figures: {one.files[0].parent}", markup=False)
+        if one.files:
+            console.print(f"numbers and figures: {one.files[0].parent}", markup=False)
     return 0
 
 

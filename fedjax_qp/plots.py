@@ -1,6 +1,8 @@
 """The figures of a run and of a comparison. Matplotlib's objects only, no pyplot: no global state, no display."""
 
+import math
 import textwrap
+import warnings
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fedjax_qp import records as recorded
 from fedjax_qp.compare import Method, Run, methods
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers; grey replaces its yellow, faint on white.
@@ -23,7 +26,8 @@ _UNSTABLE_DRIFT = 0.9  # mean coefficients act as a server momentum, and grow ge
 
 
 def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = None) -> Figure:
-    """Draws test accuracy and training loss: a line per method, a band of ± one standard deviation over its seeds.
+    """Draws test accuracy (of language models perplexity) and training loss: a line per method, a band of ± one standard
+    deviation over its seeds.
 
     Args:
       runs: from `compare.load_runs`. A method is drawn over the rounds that all of its seeds have.
@@ -34,33 +38,41 @@ def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = N
     found = methods(runs)
     columns = _legend_columns(found)
     figure = Figure(figsize=(11, 4.4 + 0.22 * -(-len(found) // columns)), layout="constrained")
-    accuracy, loss = figure.subplots(1, 2)
-    _draw_methods(accuracy, found, "test_accuracy", 100, window)
+    headline, loss = figure.subplots(1, 2)
+    language = any(of_language_model(run.records) for run in runs)
+    if language:
+        _draw_methods(headline, found, "personal/perplexity/mean", 1, window)
+    else:
+        _draw_methods(headline, found, "test_accuracy", 100, window)
     _draw_methods(loss, found, "train_loss", 1, window)
-    finish_axes(accuracy, "test accuracy (%)")
+    finish_axes(headline, "perplexity on clients' own tests, mean" if language else "test accuracy (%)")
     finish_axes(loss, "training loss (nats)")
-    handles, labels = accuracy.get_legend_handles_labels()
+    handles, labels = headline.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return figure
 
 
-def plot_run(records: list[dict], path: str | Path) -> Figure:
-    """Draws one run: accuracy and its spread over clients, losses, and what is recorded of drift and agreement.
+def plot_run(records: list[dict], path: str | Path, *, title: str = "") -> Figure:
+    """Draws one run: accuracy (of language models perplexity), losses, and what is recorded of drift and agreement.
 
     Args:
       records: from `records.read` or `records.chunk_records`.
       path: image file; its ending chooses the format (.png, .pdf, .svg).
+      title: above all panels.
     """
     directions = {"mutation/drift": "drift", "update/cosine_between_clients": "mean cosine between clients"}
     directions = {key: label for key, label in directions.items() if len(_series(records, key)[0])}
     count = 3 if directions else 2
     figure = Figure(figsize=(4.6 * count, 4.6), layout="constrained")
+    if title:
+        figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left", parse_math=False)
     panels = list(figure.subplots(1, count))
-    _draw_client_spread(panels[0], records)
-    _draw_line(panels[0], records, "test_accuracy", 0, "global model, whole test set", 100)
-    finish_axes(panels[0], "test accuracy (%)")
-    _draw_line(panels[1], records, "train_loss", 1, "training (mean over clients)")
+    if of_language_model(records):
+        _draw_perplexities(panels[0], records)
+    else:
+        _draw_accuracies(panels[0], records)
+    _draw_line(panels[1], records, "train_loss", 1, "training (mean over examples)")
     _draw_line(panels[1], records, "test_loss", 0, "test (global model)")
     finish_axes(panels[1], "loss (nats)")
     for index, (key, label) in enumerate(directions.items()):
@@ -74,8 +86,40 @@ def plot_run(records: list[dict], path: str | Path) -> Figure:
     for axes in panels:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
     return figure
+
+
+def of_language_model(records: list[dict]) -> bool:
+    """Whether perplexities were recorded."""
+    return any("perplexity" in record.get("personal", {}) for record in records)
+
+
+def _draw_accuracies(axes: Axes, records: list[dict]) -> None:
+    _draw_band(axes, records, "client_accuracy", 100, "clients' label mixtures")
+    _draw_extreme(axes, records, "client_accuracy/min", 100, "worst client's label mixture")
+    _draw_line(axes, records, "test_accuracy", 0, "global model, whole test set", 100)
+    _draw_views(axes, records, "accuracy", 100)
+    finish_axes(axes, "test accuracy (%)")
+
+
+def _draw_perplexities(axes: Axes, records: list[dict]) -> None:
+    _draw_band(axes, records, "personal/perplexity", 1, "clients")
+    _draw_extreme(axes, records, "personal/perplexity/max", 1, "worst client")
+    rounds, losses = _series(records, "test_loss", gaps=True)
+    if len(rounds):
+        with np.errstate(over="ignore"):
+            axes.plot(rounds, np.exp(losses), label="global model, common test set", **_marked(0, len(rounds)))
+    _draw_views(axes, records, "perplexity", 1)
+    finish_axes(axes, "perplexity")
+
+
+def _draw_views(axes: Axes, records: list[dict], quantity: str, scale: float) -> None:
+    """The clients' own models on their own tests, where there are any."""
+    aggregated, tuned = (f"{view}/{quantity}/mean" for view in recorded.VIEWS)
+    _draw_line(axes, records, aggregated, 2, "mean over clients' own tests, aggregated", scale)
+    if not np.array_equal(_series(records, aggregated)[1], _series(records, tuned)[1]):
+        _draw_line(axes, records, tuned, 4, "mean over clients' own tests, tuned", scale)
 
 
 def _draw_methods(axes: Axes, found: list[Method], key: str, scale: float, window: int | None) -> None:
@@ -94,7 +138,7 @@ def _draw_methods(axes: Axes, found: list[Method], key: str, scale: float, windo
         marked = (index * spacing // len(found), spacing)  # staggered, so that markers of close curves do not pile up
         axes.plot(rounds, scale * values.mean(axis=0), label=label, markevery=marked, **style)
     if width > 1:
-        unit = "evaluations" if key == "test_accuracy" else "rounds"
+        unit = "rounds" if key == "train_loss" else "evaluations"
         axes.set_title(f"each point: mean of the last {width} {unit}", fontsize="small", loc="left")
 
 
@@ -105,9 +149,12 @@ def _over_seeds(method: Method, key: str, width: int) -> tuple[Int[np.ndarray, "
     return common, np.stack([_smoothed(values, width)[np.isin(rounds, common)] for rounds, values in series])
 
 
-def _series(records: list[dict], key: str) -> tuple[Int[np.ndarray, "R"], Float[np.ndarray, "R"]]:
-    """Rounds in which `key` was recorded as a finite number, and its values there."""
-    present = [(record["round"], record[key]) for record in records if record.get(key) is not None]
+def _series(
+    records: list[dict], key: str, *, gaps: bool = False
+) -> tuple[Int[np.ndarray, "R"], Float[np.ndarray, "R"]]:
+    """Rounds in which `key` was recorded as a finite number, and its values there; with `gaps` also NaN where it was not."""
+    found = [(record["round"], recorded.value(record, key)) for record in records]
+    present = [(at, value) for at, value in found if value is not None and (gaps or math.isfinite(value))]
     rounds, values = zip(*present, strict=True) if present else ((), ())
     return np.array(rounds, int), np.array(values, float)
 
@@ -120,20 +167,30 @@ def _smoothed(values: Float[np.ndarray, "R"], width: int) -> Float[np.ndarray, "
     return (totals[ends] - totals[starts]) / (ends - starts)
 
 
-def _draw_client_spread(axes: Axes, records: list[dict]) -> None:
-    """The band that holds the middle 80 % of the clients' accuracies, and the worst client."""
-    evaluated = [{"round": record["round"], **record.get("client_accuracy", {})} for record in records]
-    (rounds, low), (_, high) = _series(evaluated, "q10"), _series(evaluated, "q90")
-    if len(rounds):
-        axes.fill_between(rounds, 100 * low, 100 * high, color="0.85", label="clients' label mixtures, 10 % to 90 %")
-        rounds, worst = _series(evaluated, "min")
-        axes.plot(rounds, 100 * worst, color="0.5", linewidth=1, linestyle=":", label="worst client's label mixture")
+def _draw_band(axes: Axes, records: list[dict], key: str, scale: float, label: str) -> None:
+    """The band that holds the middle 80 % of the clients."""
+    (rounds, low), (others, high) = (_series(records, f"{key}/{quantile}") for quantile in ("q10", "q90"))
+    both, of_low, of_high = np.intersect1d(rounds, others, return_indices=True)
+    if len(both):
+        low, high = scale * low[of_low], scale * high[of_high]
+        axes.fill_between(both, low, high, color="0.85", label=f"{label}, 10 % to 90 %")
+
+
+def _draw_extreme(axes: Axes, records: list[dict], key: str, scale: float, label: str) -> None:
+    rounds, values = _series(records, key, gaps=True)
+    if np.isfinite(values).any():
+        axes.plot(rounds, scale * values, color="0.5", linewidth=1, linestyle=":", label=label)
 
 
 def _draw_line(axes: Axes, records: list[dict], key: str, index: int, label: str, scale: float = 1) -> None:
-    rounds, values = _series(records, key)
-    if len(rounds):
-        axes.plot(rounds, scale * values, label=label, markevery=max(1, len(rounds) // _MARKED), **curve_style(index))
+    """A line that breaks where the number was not finite."""
+    rounds, values = _series(records, key, gaps=True)
+    if np.isfinite(values).any():
+        axes.plot(rounds, scale * values, label=label, **_marked(index, len(rounds)))
+
+
+def _marked(index: int, points: int) -> dict[str, Any]:
+    return {"markevery": max(1, points // _MARKED), **curve_style(index)}
 
 
 def curve_style(index: int) -> dict[str, Any]:
@@ -150,8 +207,20 @@ def curve_style(index: int) -> dict[str, Any]:
 def finish_axes(axes: Axes, quantity: str) -> None:
     """Labels, ticks and grid of a panel over rounds."""
     axes.set(xlabel="round", ylabel=quantity)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(whole_ticks())
     style_axes(axes)
+
+
+def whole_ticks() -> MaxNLocator:
+    """Ticks at whole numbers only, by 1, 2, 5, 10, …"""
+    return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure; a letter of a name that the font lacks is drawn as a box, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(path, dpi=150)
 
 
 def style_axes(axes: Axes) -> None:

@@ -237,7 +237,8 @@ class OpenRun:
                 self._trackers.close(self.reason if error is None else None)
         if self._writes and error is None and self.history:
             with writing(self.folder / "run.png"):
-                plot_run(self.history, self.folder / "run.png")
+                title = f"{self.config.name}, seed {self.config.seed}, {self.config.algorithm.name}"
+                plot_run(self.history, self.folder / "run.png", title=title)
 
 
 def stop_reason(history: list[dict], settings: Evaluation) -> str | None:

@@ -78,3 +78,48 @@ def test_run_without_anything_to_draw(tmp_path, records):
     assert len(plots.plot_run(records, tmp_path / "run.png").axes) == 2
     assert (tmp_path / "run.png").stat().st_size > 1000
     plots.plot_comparison([Run(Path("a"), {"name": "a", "seed": 0}, records)], tmp_path / "comparison.png")
+
+
+def language_records() -> list[dict]:
+    """Three rounds of two views; the second round's aggregated mean is no number."""
+    records = []
+    for number, mean in ((1, 8.0), (2, None), (3, 5.0)):
+        spread = {"mean": mean, "q10": 3.0, "q90": 9.0, "max": mean}
+        views = {"personal": {"perplexity": spread, "nonfinite": [1]}, "tuned": {"perplexity": {"mean": 4.0}}}
+        records.append({"round": number, "train_loss": 1.0, "test_loss": 2.0, "test_accuracy": 0.25, **views})
+    return records
+
+
+def test_language_runs_show_perplexity(tmp_path):
+    figure = plots.plot_run(language_records(), tmp_path / "run.png", title=r"$\frac$ of 10 % [/red]")
+    perplexity, loss = figure.axes
+    assert (perplexity.get_ylabel(), loss.get_ylabel()) == ("perplexity", "loss (nats)")
+    lines = {line.get_label(): line.get_ydata() for line in perplexity.lines}
+    np.testing.assert_array_equal(lines["mean over clients' own tests, aggregated"], [8, np.nan, 5])
+    np.testing.assert_array_equal(lines["mean over clients' own tests, tuned"], [4, 4, 4])
+    np.testing.assert_allclose(lines["global model, common test set"], np.exp([2, 2, 2]))
+    assert len(perplexity.collections) == 1  # the clients' band
+    runs = [Run(Path("a"), {"name": "a", "seed": 0}, language_records())]
+    first = plots.plot_comparison(runs, tmp_path / "comparison.png").axes[0]
+    assert "perplexity" in first.get_ylabel() and list(first.lines[0].get_ydata()) == [8, 5]
+
+
+def test_legends_name_only_what_is_drawn(tmp_path):
+    records = [{"round": n, "train_loss": 1.0, "test_loss": 1.0, "test_accuracy": 0.5} for n in (1, 2)]
+    accuracy = plots.plot_run(records, tmp_path / "run.png").axes[0]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["global model, whole test set"]
+
+
+def test_personal_accuracies_are_drawn_and_equal_views_once(tmp_path):
+    spread = {"accuracy": {"mean": 0.75}, "loss": {"mean": 1.0}}
+    records = [
+        {"round": n, "test_accuracy": 0.5, "test_loss": 1.0, "personal": spread, "tuned": spread} for n in (1, 2)
+    ]
+    accuracy = plots.plot_run(records, tmp_path / "run.png").axes[0]
+    labels = [line.get_label() for line in accuracy.lines]
+    assert labels == ["global model, whole test set", "mean over clients' own tests, aggregated"]
+
+
+def test_ticks_are_whole_and_round():
+    assert list(plots.whole_ticks().tick_values(0, 60)) == [0, 10, 20, 30, 40, 50, 60]
+    assert list(plots.whole_ticks().tick_values(1, 3)) == [1, 2, 3]

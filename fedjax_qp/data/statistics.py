@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -89,7 +90,7 @@ def plot_partition(
     figure = Figure(figsize=(8, min(2.4 + 0.24 * max(classes, 6), 12)), layout="constrained")
     sizes_axes, axes = figure.subplots(2, 1, sharex=True, height_ratios=[1, 3])
     edges = np.arange(clients + 1) - 0.5
-    sizes_axes.stairs(counts.sum(axis=1), edges, fill=True, color="0.45")
+    sizes_axes.bar(range(clients), counts.sum(axis=1), width=0.9 if clients <= 60 else 1, color="0.45")
     sizes_axes.set_ylabel("examples")
     sizes_axes.set_title(title, parse_math=False)
     # Counts spread over decades, hence the logarithm; white stands for none at all.
@@ -99,8 +100,11 @@ def plot_partition(
         np.ma.masked_equal(counts.T, 0),
         norm=LogNorm(1, max(int(counts.max()), 2)),
         cmap="cividis_r",
+        edgecolors="white",
+        linewidth=0.3 if clients <= 60 else 0,
     )
     axes.set(xlabel="client", ylabel="class")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.invert_yaxis()
     if class_names or classes <= 30:
         names = [textwrap.shorten(name, 40, placeholder="…") for name in class_names]

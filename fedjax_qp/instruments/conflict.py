@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 
 from fedjax_qp.instruments.drawing import DIVERGING, curve_style, place_legend, style_axes
 from fedjax_qp.instruments.replay import Replayed, conflict_share, mean_cosine
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject, state_at
+from fedjax_qp.plots import whole_ticks
 
 KINDS = {"progress": "trained − start model", "difference": "trained − global model"}
 
@@ -55,7 +55,7 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
 def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
     """Draws both matrices, and conflict share and mean cosine over the rounds."""
     figure = Figure(figsize=(15.5, 4.8), layout=ConstrainedLayoutEngine(w_pad=0.12))
-    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left")
+    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left", parse_math=False)
     *matrices, over_rounds = figure.subplots(1, 3, width_ratios=(1, 1.12, 1.35))
     for axes, (kind, label) in zip(matrices, KINDS.items(), strict=True):
         cosines = np.array(result[kind])
@@ -79,7 +79,7 @@ def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
         over_rounds.plot(numbers, values, label="mean cosine of progress, as the run recorded it", zorder=1, **style)
     over_rounds.axhline(0, color="0.4", linewidth=1, linestyle=":")
     over_rounds.set(xlabel="round", ylabel="share of pairs, or cosine (no unit)")
-    over_rounds.xaxis.set_major_locator(MaxNLocator(integer=True))
+    over_rounds.xaxis.set_major_locator(whole_ticks())
     style_axes(over_rounds)
     place_legend(over_rounds, 1)
     figure.savefig(path, dpi=140)

@@ -23,6 +23,7 @@ from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend,
 from fedjax_qp.instruments.objective import Objective, flat, hessian_product
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject
+from fedjax_qp.plots import whole_ticks
 from fedjax_qp.quadratic import full_precision
 
 Product = Callable[[Float[Array, "P"]], Float[Array, "P"]]
@@ -97,6 +98,7 @@ def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
     settling.fill_between(counts, means - errors, means + errors, color="0.85", label="± one standard error")
     settling.plot(counts, means, label="mean of the probes so far", **curve_style(0, marker=""))
     settling.set(xlabel="Rademacher probes", ylabel="Hessian trace (nats)")
+    settling.xaxis.set_major_locator(whole_ticks())
     for axes in (ends, settling):
         style_axes(axes)
         place_legend(axes, 2)

@@ -22,7 +22,7 @@ def curve_style(index: int, **changes: Any) -> dict[str, Any]:
 def new_figure(panels: int, title: str, *, height: float = 4.6) -> tuple[Figure, list[Axes]]:
     """A row of panels under a title."""
     figure = Figure(figsize=(5.2 * panels, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
-    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left")
+    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left", parse_math=False)
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 

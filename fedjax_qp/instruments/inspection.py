@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedjax_qp.instruments import conflict, curvature, fairness, mutations, sharpness, surface
 from fedjax_qp.instruments.settings import NAMES, Settings, What
@@ -54,7 +55,7 @@ def inspect_runs(
       round: of the checkpoint; default the newest of each run.
 
     Raises:
-      ConfigurationError: a folder is no run on images, an instrument does not exist or does not fit a method, or there is no
+      ConfigurationError: a folder is no run on images, an instrument does not exist or fits none of the runs, or there is no
         checkpoint of that round. Raised before anything is computed.
     """
     settings, console = settings or Settings(), console or Console(quiet=True)
@@ -68,19 +69,40 @@ def inspect_runs(
         opened.append(open_run(folder, opened[-1] if opened else None))
     subjects = [load(run, round, settings) for run in opened]
     chosen = [_chosen(subject, what) for subject in subjects]
-    pairs = zip(subjects, chosen, strict=True)
-    return [inspect_checkpoint(subject, names, settings, console) for subject, names in pairs]
+    reasons = [reason for subject in subjects if (reason := _no_mutations(subject)) is not None]
+    if not any(chosen):
+        raise ConfigurationError(
+            f"mutations cannot be measured on {subjects[0].run.folder}: {reasons[0]} Leave mutations out of --what."
+        )
+    if "mutations" in what and reasons:
+        say(console, f"mutations are left out where there are none: {' '.join(dict.fromkeys(reasons))}")
+    found, done, total = [], 0, sum(map(len, chosen))
+    for subject, names in zip(subjects, chosen, strict=True):
+        found.append(inspect_checkpoint(subject, names, settings, console, done, total))
+        done += len(names)
+    return found
 
 
-def inspect_checkpoint(subject: Subject, names: Sequence[What], settings: Settings, console: Console) -> Inspected:
-    """Uses these instruments on a checkpoint and writes what they find."""
+def say(console: Console, text: str) -> None:
+    """Prints a line; names of runs in it are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def inspect_checkpoint(
+    subject: Subject, names: Sequence[What], settings: Settings, console: Console, done: int = 0, total: int = 0
+) -> Inspected:
+    """Uses these instruments on a checkpoint and writes what they find.
+
+    Args:
+      done: of `total` measurements in all, those before these; for the lines that say how far it is.
+    """
     (subject.run.folder / FOLDER).mkdir(exist_ok=True)
     config, headlines, files = subject.run.experiment.config, {}, []
     if _ALONG_UPDATE & set(names):
         subject = with_update(subject)
     title = f"{config.name}, seed {config.seed}, {config.algorithm.name}: checkpoint of round {subject.round}"
-    for name in names:
-        console.print(f"{subject.run.folder}, round {subject.round}: {name}")
+    for number, name in enumerate(names, done + 1):
+        say(console, f"{number} of {max(total, len(names))}: {name}, {subject.run.folder}, round {subject.round}")
         instrument = _INSTRUMENTS[name]
         measure: Callable[[Subject, Settings], dict[str, Any]] = instrument.measure
         result = measure(subject, settings)
@@ -100,12 +122,8 @@ def numbers_file(folder: Path, name: str, round: int) -> Path:
 
 
 def _chosen(subject: Subject, what: Sequence[str]) -> list[What]:
-    """The instruments to use on a checkpoint."""
+    """The instruments to use on a checkpoint, of those asked for: where a method has no mutations, not these."""
     reason = _no_mutations(subject)
-    if reason and "mutations" in what:
-        raise ConfigurationError(
-            f"mutations cannot be measured on {subject.run.folder}: {reason} Leave mutations out of --what."
-        )
     return [name for name in NAMES if name in (what or NAMES) and not (reason and name == "mutations")]
 
 
@@ -134,7 +152,7 @@ def side_by_side(found: Sequence[Inspected]) -> Table:
     """The headlines of all runs, a column each."""
     table = Table("instrument", "quantity", title="inspection", title_justify="left")
     for one in found:
-        table.add_column(f"{one.label}\nround {one.round}", justify="right")
+        table.add_column(Text(f"{one.label}\nround {one.round}"), justify="right")
     for instrument, quantity, values in _rows(found):
         table.add_row(instrument, quantity, *("–" if value is None else f"{value:.4g}" for value in values))
     return table

@@ -115,7 +115,7 @@ def headline(result: dict[str, Any]) -> dict[str, float]:
 def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
     """Draws three panels of lines and two planes."""
     figure = Figure(figsize=(15.5, 9.4), layout="constrained")
-    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left")
+    figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left", parse_math=False)
     (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.15))
     randoms, update, mutants = top.subplots(1, 3)
     lines, kind = result["lines"], "own" if result["own_mutations"] else "FedMut's"

@@ -65,7 +65,7 @@ def plot_space(sweep: Sweep, rows: Sequence[Row], path: Path) -> Figure | None:
     for axes, (variant, found, fields) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         draw = {1: _draw_line, 2: _draw_two}.get(len(fields), _draw_parallel)
         draw(figure, axes, variant, found, fields, sweep.rank)
-        axes.set_title(variant.name, fontsize="medium", loc="left")
+        axes.set_title(variant.name, fontsize="medium", loc="left", parse_math=False)
     figure.savefig(path, dpi=150)
     return figure
 
@@ -89,7 +89,7 @@ def _draw_curve(axes: Axes, index: int, label: str, of_seeds: Sequence[Curve], s
     if len(values) > 1:
         std = values.std(axis=0, ddof=1)
         axes.fill_between(rounds, mean - std, mean + std, color=style["color"], alpha=0.15, linewidth=0)
-    axes.plot(rounds, mean, label=label, markevery=max(1, len(rounds) // 8), **style)
+    axes.plot(rounds, mean, label=label.replace("$", r"\$"), markevery=max(1, len(rounds) // 8), **style)
 
 
 # --- panels over fields -----------------------------------------------------------------------------------------------
