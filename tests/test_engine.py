@@ -95,6 +95,16 @@ def test_cutting_the_test_set_keeps_every_example_once():
     np.testing.assert_array_equal(np.asarray(cut.examples.labels)[np.asarray(cut.mask)], digits().test.labels)
 
 
+@pytest.mark.parametrize(
+    ("count", "most", "shape"),
+    [(10000, 500, (20, 500)), (1000, 500, (2, 500)), (8, 500, (1, 8)), (501, 500, (2, 251)), (360, 64, (6, 60))],
+)
+def test_test_batches_are_even_and_no_larger_than_they_need_be(count, most, shape):
+    cut = cut_test_set(np.arange(count), most)
+    assert cut.mask.shape == shape
+    np.testing.assert_array_equal(cut.examples[cut.mask], np.arange(count))
+
+
 @pytest.mark.parametrize("case", ["fedavg", "fedavgm", "fedyogi", "fedqp-history"])
 def test_a_round_in_which_everybody_drops_out_changes_nothing(case):
     """Not even by the server's momentum, which a first round has filled."""

@@ -203,6 +203,18 @@ def test_rounds_to_reach():
     assert records.rounds_to_reach(made, 0.8) is None
 
 
+def test_a_null_is_missing_or_not_finite():
+    view = {"perplexity": {"mean": None, "unseen": None, "min": 2.0}}
+    record = {"round": 1, "train_loss": None, "reporting": 0, "test_loss": None, "test_accuracy": 0.5, "a/b": 3}
+    record |= {"personal": view, "tuned": view | {"nonfinite": [1]}, "client_accuracy": {"q10": None}}
+    assert records.value(record, "a/b") == 3.0 and records.value(record, "personal/perplexity/min") == 2.0
+    for name in ("train_loss", "personal/perplexity/mean", "client_accuracy/q10", "personal/loss/mean", "x", "a/c"):
+        assert records.value(record, name) is None
+    for name in ("test_loss", "tuned/perplexity/mean"):
+        assert np.isnan(records.value(record, name))
+    assert np.isnan(records.value(record | {"reporting": 2}, "train_loss"))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -100,7 +100,7 @@ def plot_partition(
         np.ma.masked_equal(counts.T, 0),
         norm=LogNorm(1, max(int(counts.max()), 2)),
         cmap="cividis_r",
-        edgecolors="white",
+        edgecolors="0.85",
         linewidth=0.3 if clients <= 60 else 0,
     )
     axes.set(xlabel="client", ylabel="class")

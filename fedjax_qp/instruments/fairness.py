@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from fedjax_qp.engine.evaluation import PersonalTests, evaluate, evaluate_clients
+from fedjax_qp.engine.evaluation import PersonalTests, evaluate, evaluate_clients, even_batches
 from fedjax_qp.experiment import Experiment
 from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend, style_axes
 from fedjax_qp.instruments.settings import Settings
@@ -100,8 +100,8 @@ def _own_examples(experiment: Experiment, settings: Settings) -> PersonalTests:
     """Every client's training examples, or so many of them, as tests of its own."""
     parts, numbers = experiment.task.parts, generator(settings.seed, Stream.INSPECTION)
     most = min(settings.client_examples, max(len(part) for part in parts))
-    size = min(settings.batch_size, most)
-    indices = np.full((len(parts), -(-most // size) * size), IDLE)
+    batches, size = even_batches(most, settings.batch_size)
+    indices = np.full((len(parts), batches * size), IDLE)
     for row, part in zip(indices, parts, strict=True):
         row[: min(len(part), most)] = numbers.permutation(part)[:most]
     indices = indices.reshape(len(parts), -1, size)

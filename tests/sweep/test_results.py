@@ -1,5 +1,7 @@
 """Tables and figures of made sweeps."""
 
+import json
+
 import pandas as pd
 import pytest
 from made import opened, record_run, sweep_of
@@ -46,6 +48,28 @@ def test_trials_in_order(store):
     value = rows[1].value
     assert value is not None and (value.mean, value.std) == (pytest.approx(0.6), pytest.approx(0.02**0.5))
     assert rows[3].value is None and rows[3].reasons == ("it diverged",)
+
+
+@pytest.mark.parametrize("direction", ["max", "min"])
+def test_a_metric_that_is_not_finite_is_the_worst(tmp_path, direction):
+    """Its seed would otherwise be left out, and the trial judged by the others."""
+    settings = {
+        "seeds": [0, 1],
+        "variants": VARIANTS[:1],
+        "rank": {"metric": "test_loss", "direction": direction, "last": 1},
+    }
+    store = opened(sweep_of(tmp_path, **settings))
+    for trial, losses in zip(store.trials, ([1.0, None], [2.0, 3.0]), strict=True):
+        for seed, loss in enumerate(losses):
+            folder = record_run(store, trial, seed, [0.5])
+            (folder / "records.jsonl").write_text(
+                json.dumps({"round": 1, "test_loss": loss, "test_accuracy": 0.5}) + "\n"
+            )
+    better, worse = summarise(store, Curves("test_loss"))
+    assert better.trial.number == 1 and better.value is not None and better.value.mean == 2.5
+    assert worse.value is None and worse.reasons == ("test_loss is not finite",)
+    write_results(store, [better, worse])
+    assert "trial 0: test_loss is not finite" in (store.folder / "summary.md").read_text()
 
 
 def test_the_tidy_table_has_a_row_for_each_evaluation(store):
