@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from rich.table import Table
 
 from fedjax_qp import records
 from fedjax_qp.compare import Spread, markdown_lines, spread
@@ -22,6 +21,7 @@ from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.sweep.space import Rank, Sweep
 from fedjax_qp.sweep.stopping import Curves, goodness, metric_names, value_at
 from fedjax_qp.sweep.trials import Ending, Store, Trial
+from fedjax_qp.tables import TextTable
 
 _ORDER = ("complete", "stopped", "running", "waiting", "diverged", "failed")
 _MISSING = "–"
@@ -127,16 +127,12 @@ def tidy(store: Store) -> pd.DataFrame:
     return _uniform(frame)
 
 
-def table(sweep: Sweep, rows: Sequence[Row], *, most: int | None = None) -> Table:
+def table(sweep: Sweep, rows: Sequence[Row], *, most: int | None = None) -> TextTable:
     """The trials for the terminal; at most so many of them."""
     shown = rows[:most]
     left_out = len(rows) - len(shown)
-    result = Table(caption=f"… and {left_out} more" if left_out else None, caption_justify="left")
-    for place, heading in enumerate(_headings(sweep)):
-        result.add_column(heading, justify="left" if place in (1, 2) else "right", overflow="fold")
-    for row in shown:
-        result.add_row(*_cells(sweep, row))
-    return result
+    notes = [f"… and {left_out} more"] if left_out else []
+    return TextTable(_headings(sweep), [_cells(sweep, row) for row in shown], notes=notes, words=(1, 2))
 
 
 def scale_and_unit(rank: Rank) -> tuple[int, str]:
