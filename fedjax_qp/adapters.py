@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedjax_qp.data.instructions import Record
+from fedjax_qp.data.instructions import Record, check_characters
 from fedjax_qp.data.templates import tokenise
 from fedjax_qp.experiment import Experiment
 from fedjax_qp.federated import FederatedState, Params
@@ -91,10 +91,18 @@ def answer(
     Args:
       params: adapters and masks; `Params((), ())` for the base alone.
       template: as in training, see `fedjax_qp.data.templates`.
+
+    Raises:
+      ConfigurationError: there is no instruction, it is no proper text, or the model has no row for one of its tokens.
     """
+    if not instructions or not all(instruction.strip() for instruction in instructions):
+        raise ConfigurationError(f"questions = {list(instructions)} must be at least one, and none of them empty.")
+    for instruction in instructions:
+        check_characters(instruction, "a question")
     tokenizer = language.tokenizer
     records = [Record(instruction, "", "", "") for instruction in instructions]
-    prompts = [prompt for prompt, _ in tokenise(records, tokenizer, template)]
+    vocabulary = language.config.vocabulary
+    prompts = [prompt for prompt, _ in tokenise(records, tokenizer, template, vocabulary=vocabulary)]
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):

@@ -7,6 +7,7 @@ is the CPU compiler's, which keeps other intermediate results than that of a GPU
 
 import dataclasses
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,7 @@ def _folder(config: Config) -> Path:
             f"model = {config.model.name!r}: memory is counted for language models only; choose one of "
             f"{', '.join(language_models.names())}."
         )
-    return gguf.smollm2() if config.model.name == "smollm2" else Path(config.model.options["path"]).expanduser()
+    return gguf.smollm2() if config.model.name == "smollm2" else Path(os.path.expanduser(config.model.options["path"]))
 
 
 def _model(config: Config, base: LlamaConfig) -> Model:
@@ -218,7 +219,7 @@ def _arguments(
     by_lane = partial(_placed, program.by_lane)
     batch, tests = config.evaluation.batch_size, config.text.test_records
     own = min(batch, tests)
-    length = config.text.cut_off
+    length = max(2, min(config.text.cut_off, base.maximum_positions))  # as in a run, unless a record is longer
     return _Arguments(
         state=here(state),
         frozen=jax.tree.map(lambda leaf, where: _placed(where, leaf), weights, in_place),

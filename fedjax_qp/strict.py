@@ -75,11 +75,7 @@ def load_json(text: str | bytes, where: str) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        value = json.loads(
-            text.removeprefix("\ufeff"),
-            object_pairs_hook=lambda pairs: _unrepeated(pairs, where),
-            parse_constant=_refuse,
-        )
+        value = json_decoder(where).decode(text.removeprefix("\ufeff"))
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{where} is not UTF-8 (byte {error.start}): save it as UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -92,6 +88,14 @@ def load_json(text: str | bytes, where: str) -> Any:
         raise ConfigurationError(f"{where} is not valid JSON: {error}.") from None
     _check_depth(value, where)
     return value
+
+
+def json_decoder(where: str) -> json.JSONDecoder:
+    """What `load_json` parses with, for values that stand one after another. It checks no depth.
+
+    It raises ConfigurationError for a repeated key, RecursionError, and ValueError for all else that is not JSON.
+    """
+    return json.JSONDecoder(object_pairs_hook=lambda pairs: _unrepeated(pairs, where), parse_constant=_refuse)
 
 
 class _StrictLoader(yaml.SafeLoader):

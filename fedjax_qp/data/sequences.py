@@ -31,7 +31,14 @@ class Encoded(NamedTuple):
     dropped: int  # left out: nothing to predict within the cut-off, or too long with `longer = drop`
 
 
-def encode(records: Sequence[Record], tokenizer: Tokenizer, formatting: Text, *, owner: str = "the data") -> Encoded:
+def encode(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    formatting: Text,
+    *,
+    owner: str = "the data",
+    vocabulary: int | None = None,
+) -> Encoded:
     """Tokenises records, marks the tokens to predict, and applies the cut-off.
 
     A record that is cut loses its end-of-text token too, so that nobody learns to stop in the middle. A record without
@@ -42,13 +49,15 @@ def encode(records: Sequence[Record], tokenizer: Tokenizer, formatting: Text, *,
       tokenizer: of the model that is trained.
       formatting: template, cut-off and what counts in the loss.
       owner: whose records they are, for the message.
+      vocabulary: rows of the model's embedding; None where there is no model.
 
     Raises:
-      ConfigurationError: nothing is left of the records.
+      ConfigurationError: nothing is left of the records, or the model has no row for a token.
     """
     tokens, targets, kept, cut = [], [], [], 0
     shortest = 0  # cut-off that would have kept at least one record
-    for index, (prompt, response) in enumerate(tokenise(records, tokenizer, formatting.template)):
+    tokenised = tokenise(records, tokenizer, formatting.template, vocabulary=vocabulary)
+    for index, (prompt, response) in enumerate(tokenised):
         ids = np.array([*prompt, *response], np.int32)
         # Counted from 1 at least: the first token of a record has no token before it.
         first = max(1, len(prompt) if formatting.train_on == "response" else 0)

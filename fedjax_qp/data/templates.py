@@ -5,7 +5,8 @@ tokenizers put a space in front of whatever they are given). The response begins
 those of the prompt alone; so where a merge crosses the border, the merged token belongs to the response.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from fedjax_qp.data.instructions import Record
@@ -18,9 +19,16 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> Any: ...
     @property
+    def pad_token_id(self) -> Any: ...
+    @property
     def chat_template(self) -> Any: ...
     @property
     def apply_chat_template(self) -> Callable[..., Any]: ...
+
+    @property
+    def convert_ids_to_tokens(self) -> Callable[..., Any]: ...
+
+    def __len__(self) -> int: ...
 
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any: ...
 
@@ -69,12 +77,23 @@ def chat(record: Record, tokenizer: Tokenizer | None = None) -> Rendered:
     message = f"{record.instruction}\n\n{record.context}" if record.context else record.instruction
     asked = [{"role": "user", "content": message}]
     answered = [*asked, {"role": "assistant", "content": record.response}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
+    try:
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(answered, tokenize=False, add_generation_prompt=False)
+    except Exception as error:  # of Jinja, or of the template's own
+        raise ConfigurationError(
+            f"template = 'chat': the tokenizer's chat template cannot be filled in ({str(error)[:200]!r}"
+            f"{f', {record.where}' if record.where else ''}). Take template = 'alpaca' or 'short'."
+        ) from None
     if not whole.startswith(prompt):
         raise ConfigurationError(
             f"template = 'chat': this tokenizer's chat template writes the prompt {prompt[-60:]!r} when it asks for an "
             "answer, but something else in front of a given answer, so the response cannot be told from the prompt"
+            f"{f' ({record.where})' if record.where else ''}. Take template = 'alpaca' or 'short'."
+        )
+    if not whole[len(prompt) :].strip():
+        raise ConfigurationError(
+            "template = 'chat': this tokenizer's chat template leaves out the answers, so there is nothing to learn"
             f"{f' ({record.where})' if record.where else ''}. Take template = 'alpaca' or 'short'."
         )
     return Rendered(prompt, whole[len(prompt) :])
@@ -90,7 +109,9 @@ def render(record: Record, tokenizer: Tokenizer | None, template: str) -> Render
     return TEMPLATES[template](record, tokenizer)
 
 
-def tokenise(records: Sequence[Record], tokenizer: Tokenizer, template: str) -> list[Tokenised]:
+def tokenise(
+    records: Sequence[Record], tokenizer: Tokenizer, template: str, *, vocabulary: int | None = None
+) -> list[Tokenised]:
     """Tokenises records in two batch calls; nothing is cut.
 
     The markers that the tokenizer adds on its own (such as a first `<s>`) are kept, except with `chat`, whose text has
@@ -101,9 +122,11 @@ def tokenise(records: Sequence[Record], tokenizer: Tokenizer, template: str) -> 
       records: any number of records.
       tokenizer: of the model that is trained.
       template: alpaca, short or chat.
+      vocabulary: rows of the model's embedding; None where there is no model.
 
     Raises:
-      ConfigurationError: the tokenizer lacks an end-of-text token, or a chat template where one is needed.
+      ConfigurationError: the tokenizer lacks an end-of-text token, or a chat template where one is needed; or it makes tokens
+        that the model has no row for.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -111,17 +134,45 @@ def tokenise(records: Sequence[Record], tokenizer: Tokenizer, template: str) -> 
             "the tokenizer has no end-of-text token (eos_token), so a model could not learn where an answer ends. Set "
             "`eos_token` in its tokenizer_config.json."
         )
+    if vocabulary is not None:
+        check_ids([end, tokenizer.pad_token_id], tokenizer, vocabulary, "the tokenizer's eos_token and pad_token")
     if not records:
         return []
     texts = [render(record, tokenizer, template) for record in records]
 
     def ids(parts: list[str]) -> list[list[int]]:
         # verbose would warn of every text that is longer than the model's positions
-        return tokenizer(parts, add_special_tokens=template != "chat", verbose=False)["input_ids"]
+        try:
+            return tokenizer(parts, add_special_tokens=template != "chat", verbose=False)["input_ids"]
+        except Exception as error:  # the package raises nothing more special
+            raise ConfigurationError(
+                f"the tokenizer cannot encode {records[0].where or 'the texts'} and the rest ({str(error)[:200]!r}): check "
+                "its tokenizer.json."
+            ) from None
 
     prompts = ids([text.prompt for text in texts])
     wholes = ids([text.prompt + text.response for text in texts])
+    if vocabulary is not None:
+        for record, *both in zip(records, prompts, wholes, strict=True):
+            check_ids(chain(*both), tokenizer, vocabulary, record.where or "the text")
     return [_split(prompt, whole, end, template == "chat") for prompt, whole in zip(prompts, wholes, strict=True)]
+
+
+def check_ids(ids: Iterable[int], tokenizer: Tokenizer, vocabulary: int, where: str) -> None:
+    """Checks that the model has a row for each token; a program would take another row in silence.
+
+    Raises:
+      ConfigurationError: it has not. More rows than the tokenizer has tokens are fine: some models are padded.
+    """
+    beyond = sorted({one for one in ids if not 0 <= one < vocabulary})
+    if beyond:
+        tokens = zip(beyond[:5], tokenizer.convert_ids_to_tokens(beyond[:5]), strict=True)
+        named = ", ".join(f"{one} ({token!r})" for one, token in tokens) + (", …" if len(beyond) > 5 else "")
+        raise ConfigurationError(
+            f"{where}: the token ids {named} are beyond the {vocabulary} rows of the model's embedding (ids 0 to "
+            f"{vocabulary - 1}), while the tokenizer has {len(tokenizer)} tokens: take the model's own tokenizer, or a model "
+            "whose embedding was enlarged for it."
+        )
 
 
 def _split(prompt: list[int], whole: list[int], end: int, chat: bool) -> Tokenised:

@@ -50,33 +50,45 @@ def generate(
     """
     if new_tokens < 1:
         raise ConfigurationError(f"new_tokens = {new_tokens}; it must be at least 1.")
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ConfigurationError(
-            f"temperature = {temperature}; it must be at least 0, and 0 takes the likeliest token."
+            f"temperature = {temperature}; it must be at least 0 and finite, and 0 takes the likeliest token."
         )
     if temperature > 0 and key is None:
         raise ConfigurationError(f"temperature = {temperature} needs a key; give one, or temperature 0.")
-    tokens = jnp.asarray(tokens, jnp.int32)
     if tokens.shape[1] < 1:
         raise ConfigurationError(
             "the prompt is empty; begin with at least one token, e.g. the beginning-of-text token."
         )
     check_length(config, tokens.shape[1] + new_tokens)
-    if lengths is None:
-        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    sizes = np.full(tokens.shape[0], tokens.shape[1]) if lengths is None else np.asarray(lengths)
+    _check_prompts(np.asarray(tokens), sizes, config.vocabulary)
     stops = (stop,) if isinstance(stop, int) else tuple(stop or ())
     return _generate(
         config,
         changed(frozen, params.statistics),
         params._replace(statistics=()),
-        tokens,
-        jnp.asarray(lengths, jnp.int32),
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(sizes, jnp.int32),
         jnp.asarray(stops, jnp.int32),
         temperature,
         key if temperature > 0 else None,
         scale,
         new_tokens=new_tokens,
     )
+
+
+def _check_prompts(tokens: np.ndarray, lengths: np.ndarray, vocabulary: int) -> None:
+    """Checks lengths and tokens, before they are narrowed; what fills a prompt up may be anything."""
+    longest = tokens.shape[1]
+    if lengths.size and not 1 <= lengths.min() <= lengths.max() <= longest:
+        raise ConfigurationError(f"prompts of {lengths.min()} to {lengths.max()} tokens must have 1 to {longest}.")
+    given = tokens[np.arange(longest) < lengths[:, None]]
+    if given.size and not 0 <= given.min() <= given.max() < vocabulary:
+        raise ConfigurationError(
+            f"token ids from {given.min()} to {given.max()} must be 0 to {vocabulary - 1}, the rows of the embedding: "
+            "take this model's own tokenizer."
+        )
 
 
 @partial(jax.jit, static_argnums=0, static_argnames="new_tokens")

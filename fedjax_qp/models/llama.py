@@ -26,6 +26,8 @@ from fedjax_qp.models.lora import MaskedLoRA
 from fedjax_qp.models.rotary import Rotation, frequencies, rotate, rotation, scaling_type
 from fedjax_qp.registry import ConfigurationError
 
+LONGEST = 2**16  # tokens of a sequence, whose attention holds at least 4 GiB
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -57,8 +59,10 @@ class LlamaConfig:
                 f"{self.heads} heads cannot share {self.key_value_heads} key-value heads; "
                 "the first must be a multiple of the second. Check the model's configuration file."
             )
-        if self.head_size % 2:
-            raise ConfigurationError(f"head_size = {self.head_size}; the rotary embedding needs an even number.")
+        if self.head_size < 2 or self.head_size % 2:
+            raise ConfigurationError(
+                f"head_size = {self.head_size}; the rotary embedding needs an even number, at least 2."
+            )
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ConfigurationError(f"sliding_window = {self.sliding_window}; it must be at least 1, or None for all.")
         scaling_type(self.rope_scaling)
@@ -310,11 +314,16 @@ def forward_cached(
 
 
 def check_length(config: LlamaConfig, length: int) -> None:
-    """Checks that a sequence is not too long for the rotary scaling.
+    """Checks that a sequence is not too long for attention or the rotary scaling.
 
     Raises:
       ConfigurationError: it is. With dynamic scaling all frequencies would depend on the longest sequence of the batch.
     """
+    if length > LONGEST:
+        raise ConfigurationError(
+            f"sequences of {length} tokens; at most {LONGEST} are supported, since attention takes their square. Lower "
+            "text.cut_off or the number of new tokens."
+        )
     if scaling_type(config.rope_scaling) == "dynamic" and length > config.maximum_positions:
         raise ConfigurationError(
             f"sequences of {length} tokens; with dynamic rotary scaling at most {config.maximum_positions} are supported. "

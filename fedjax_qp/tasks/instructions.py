@@ -17,7 +17,7 @@ from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_s
 from fedjax_qp.engine import cut_client_tests, cut_test_set
 from fedjax_qp.models import language_models
 from fedjax_qp.models.adapted import AdaptedModel
-from fedjax_qp.models.llama import split_axes
+from fedjax_qp.models.llama import check_length, split_axes
 from fedjax_qp.precision import in_precision
 from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks.task import Task
@@ -39,14 +39,18 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
     records = data.train.records
 
     def encoded(owner: str, some: Iterable[Record]) -> Encoded:
-        return encode(list(some), language.tokenizer, text, owner=owner)
+        vocabulary = language.config.vocabulary
+        return encode(list(some), language.tokenizer, text, owner=owner, vocabulary=vocabulary)
 
     clients = [encoded(f"client {client}", (records[i] for i in part)) for client, part in enumerate(parts)]
     usable = [np.arange(len(client.tokens)) for client in clients]
     chosen = hold_out(usable, generator(config.seed, Stream.HELD_OUT), test=text.test_records, train=text.train_records)
     trains, tests = ([_some(client, part) for client, part in zip(clients, kind, strict=True)] for kind in chosen)
     common = encoded("the common test records", data.test.records) if data.test.records else _together(tests)
-    train = [pack(client, text.cut_off, text.pack) for client in trains]
+    longest = max(len(tokens) for of in (*clients, common) for tokens in of.tokens)
+    length = min(text.cut_off, max(longest, language.config.maximum_positions))
+    check_length(language.config, length)
+    train = [pack(client, length, text.pack) for client in trains]
     kept = [part[client.kept[some]] for part, client, some in zip(parts, clients, chosen[0], strict=True)]
     ends = np.cumsum([len(sequences.tokens) for sequences in train])
     return Task(
@@ -54,10 +58,8 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         frozen=language.frozen,
         frozen_axes=split_axes(language.config, config.engine.model_devices),
         train=_joined(train),
-        test=cut_test_set(pack(common, text.cut_off, text.pack), config.evaluation.batch_size),
-        personal=cut_client_tests(
-            [pack(client, text.cut_off, text.pack) for client in tests], config.evaluation.batch_size
-        ),
+        test=cut_test_set(pack(common, length, text.pack), config.evaluation.batch_size),
+        personal=cut_client_tests([pack(client, length, text.pack) for client in tests], config.evaluation.batch_size),
         parts=[np.arange(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)],
         sizes=[len(client.tokens) for client in trains],
         counts=label_counts(kept, np.asarray(data.train.labels), data.classes),
@@ -66,7 +68,8 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         language=language,
         notes=(
             *_notes(text, _joined(train), clients, trains),
-            _cost(language, text, len(_joined(train).tokens) / len(parts)),
+            *_beyond(text, language.config.maximum_positions, longest),
+            _cost(language, length, len(_joined(train).tokens) / len(parts)),
         ),
     )
 
@@ -87,9 +90,19 @@ def _joined(all_sequences: list[Sequences]) -> Sequences:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *all_sequences)
 
 
-def _cost(language: AdaptedModel, text: Text, sequences: float) -> str:
-    each = language.training_flops(text.cut_off)
-    epoch = each * text.cut_off * sequences
+def _beyond(text: Text, positions: int, longest: int) -> list[str]:
+    """What a cut-off beyond the model's positions does."""
+    if text.cut_off <= positions:
+        return []
+    known = f"text.cut_off = {text.cut_off} is beyond the model's {positions} positions"
+    if longest <= positions:
+        return [f"{known}: no record is longer than they are, so sequences have {positions} tokens"]
+    return [f"{known}, and so are records (of up to {longest} tokens), which it was not trained for: set {positions}"]
+
+
+def _cost(language: AdaptedModel, length: int, sequences: float) -> str:
+    each = language.training_flops(length)
+    epoch = each * length * sequences
     return (
         f"{each / 1e9:.3g} GFLOP a training token, {epoch / 1e12:.3g} TFLOP a client's epoch (mean, padding included; "
         "a forward pass alone is about half)"
@@ -99,12 +112,12 @@ def _cost(language: AdaptedModel, text: Text, sequences: float) -> str:
 def _notes(text: Text, train: Sequences, clients: list[Encoded], trains: list[Encoded]) -> list[str]:
     """What the cut-off did to the clients' records, and how much of the training sequences is padding."""
     tokens, targets = int((train.segments > 0).sum()), int(train.targets.sum())
-    records = sum(len(client.tokens) for client in trains)
+    records, length = sum(len(client.tokens) for client in trains), train.tokens.shape[1]
     padding = f"{padding_share(train):.1%} padding"
     if text.pack:
-        padding += f" ({1 - tokens / (records * text.cut_off):.1%} if no records shared a sequence)"
+        padding += f" ({1 - tokens / (records * length):.1%} if no records shared a sequence)"
     notes = [
-        f"{records} training records in {len(train.tokens)} sequences of {text.cut_off} tokens: {tokens} tokens, "
+        f"{records} training records in {len(train.tokens)} sequences of {length} tokens: {tokens} tokens, "
         f"{targets} of them to predict, {padding}"
     ]
     cut, dropped = sum(client.cut for client in clients), sum(client.dropped for client in clients)

@@ -108,8 +108,17 @@ def test_wrong_settings_are_refused():
         ({"new_tokens": 0}, "new_tokens = 0"),
         ({"temperature": -1.0}, "temperature = -1.0"),
         ({"temperature": 1.0}, "needs a key"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": float("inf")}, "temperature = inf"),
+        ({"lengths": [0]}, "must have 1 to 5"),
+        ({"lengths": [6]}, "must have 1 to 5"),
+        ({"new_tokens": 2**16}, "at most 65536 are supported"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             generate(config, frozen, Params((), ()), PROMPT[None], **{"new_tokens": 2, "stop": None, **options})
     with pytest.raises(ConfigurationError, match="prompt is empty"):
         generate(config, frozen, Params((), ()), np.zeros((1, 0), int), new_tokens=2, stop=None)
+    for wrong in (64, -1, 2**32 + 1):
+        tokens = np.array([[1, wrong, 3]])
+        with pytest.raises(ConfigurationError, match=r"must be 0 to 63, the rows of the embedding"):
+            generate(config, frozen, Params((), ()), tokens, new_tokens=2, stop=None)
