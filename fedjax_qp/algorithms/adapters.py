@@ -26,7 +26,7 @@ from fedjax_qp.registry import is_zero
 
 Mix = Annotated[float, Field(ge=0, le=1)]
 Expansion = Annotated[int, Field(ge=1, le=1000)]
-Rounds = Annotated[int, Field(ge=0)]
+Rounds = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Factor = Callable[[str], bool]  # "a" or "b" → whether it is meant
 BYTES = 4  # an adapter entry travels as float32
 

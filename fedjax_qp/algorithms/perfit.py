@@ -34,6 +34,7 @@ from fedjax_qp.registry import ConfigurationError
 
 Search = Literal["taylor", "taylor_ranks", "random", "common_random"]
 _TAYLOR = ("taylor", "taylor_ranks")
+MOST_BATCHES = 100_000  # of one client's search; they are chosen on the host
 
 
 class PerfitServer(NamedTuple):
@@ -76,6 +77,19 @@ def check_warm_up(search: Search, warm_up: int, levels: tuple[float, ...], expan
         raise ConfigurationError(
             "algorithm.warm_up = 0: B starts at 0, so every Taylor score is 0 and the search would prune by index. Choose at "
             "least 1, or algorithm.search = 'random'."
+        )
+
+
+def check_batches(warm_up: int, prunings: int, score_batches: int) -> None:
+    """Checks that the batches of a search can be laid out.
+
+    Raises:
+      ConfigurationError: there are far too many.
+    """
+    if warm_up + prunings * score_batches > MOST_BATCHES:
+        raise ConfigurationError(
+            f"algorithm.warm_up = {warm_up} and algorithm.prunings = {prunings} with algorithm.score_batches = "
+            f"{score_batches} each ask for more than {MOST_BATCHES:,} batches of every client: choose smaller numbers."
         )
 
 
@@ -123,9 +137,10 @@ def perfit(
       personal_mix: λ, share of the average in a client's next start; 1 is the paper's.
 
     Raises:
-      ConfigurationError: a level above the expansion, or a Taylor search without warm-up.
+      ConfigurationError: a level above the expansion, a Taylor search without warm-up, or one of far too many batches.
     """
     check_levels(levels, expansion)
+    check_batches(warm_up, prunings, score_batches)
     check_warm_up(search, warm_up, levels, expansion)
     training = masked_training(model, optimizer)
     kinds = sorted(set(levels))

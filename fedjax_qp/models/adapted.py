@@ -1,5 +1,6 @@
 """The registered language models: a pre-trained base, its tokenizer, and new adapters on it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from fedjax_qp.models.registry import language_models
 from fedjax_qp.models.tokenizer import load_tokenizer
 
 Rank = Annotated[int, Field(ge=1)]
-Alpha = Annotated[float, Field(gt=0)]
+Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Type = Literal["float32", "bfloat16"]
 
@@ -74,7 +75,7 @@ def pretrained(
       dtype: of the frozen weights; adapters are float32.
       rematerialise: less memory for more time.
     """
-    folder = Path(path).expanduser()
+    folder = Path(os.path.expanduser(path))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     rank, alpha = expansion * rank, expansion * alpha

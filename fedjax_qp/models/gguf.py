@@ -18,8 +18,8 @@ from jaxtyping import Float32
 
 from fedjax_qp.cache import cache_folder
 from fedjax_qp.models.llama import LlamaConfig
-from fedjax_qp.models.pretrained import check_names, slots, write_model
-from fedjax_qp.models.pretrained_config import config_json
+from fedjax_qp.models.pretrained import check_finite, check_layers, check_names, slots, write_model
+from fedjax_qp.models.pretrained_config import config_json, number, size
 from fedjax_qp.registry import ConfigurationError
 
 INSTALL = "pip install 'gguf>=0.17' -e '.[language]'"
@@ -101,9 +101,9 @@ def import_gguf(file: Path | str, folder: Path | str) -> Path:
     gguf = _gguf()
     try:
         reader = gguf.GGUFReader(str(file))
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ConfigurationError(f"{file} cannot be read as GGUF: {error}.") from None
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
+        metadata = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # of a damaged file the package raises nearly every kind
+        raise ConfigurationError(f"{file} cannot be read as GGUF: {str(error)[:300]}.") from None
     config = _config(file, metadata, reader)
     tokenizer, tokens = _tokenizer(file, metadata, config)
     tensors = _tensors(file, reader, config, gguf)
@@ -143,26 +143,30 @@ def _config(file: Path, metadata: dict[str, Any], reader: Any) -> LlamaConfig:
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}
     if "rope_freqs.weight" in shapes:
         raise ConfigurationError(f"{file} scales its rotary embedding by a table (Llama 3.1); use the original folder.")
+
+    def size_of(key: str, default: int | None = None) -> int:
+        key = f"llama.{key}"
+        return size(file, {key: metadata[key] if default is None else metadata.get(key, default)}, key)
+
     try:
-        width, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-        head_size = metadata.get("llama.attention.key_length", width // heads)
+        width, heads = size_of("embedding_length"), size_of("attention.head_count")
+        head_size = size_of("attention.key_length", width // heads)
         rotated = metadata.get("llama.rope.dimension_count", head_size)
         config = LlamaConfig(
-            vocabulary=shapes["token_embd.weight"][1],  # GGUF lists the fastest axis first
+            vocabulary=shapes["token_embd.weight"][-1],  # GGUF lists the fastest axis first
             width=width,
-            layers=metadata["llama.block_count"],
+            layers=size_of("block_count"),
             heads=heads,
-            key_value_heads=metadata.get("llama.attention.head_count_kv", heads),
+            key_value_heads=size_of("attention.head_count_kv", heads),
             head_size=head_size,
-            hidden=metadata["llama.feed_forward_length"],
-            # Stored as float32: 1e-5 comes back as 9.99…e-6, and rounding restores what was meant.
-            rope_theta=_rounded(metadata.get("llama.rope.freq_base", 10000.0)),
+            hidden=size_of("feed_forward_length"),
+            rope_theta=_rounded(file, "rope.freq_base", metadata.get("llama.rope.freq_base", 10000.0)),
             rope_scaling=_scaling(file, metadata),
-            norm_epsilon=_rounded(metadata["llama.attention.layer_norm_rms_epsilon"]),
+            norm_epsilon=_rounded(file, "layer_norm_rms_epsilon", metadata["llama.attention.layer_norm_rms_epsilon"]),
             tied="output.weight" not in shapes,
             attention_bias="blk.0.attn_q.bias" in shapes,
             output_bias="blk.0.attn_output.bias" in shapes,
-            maximum_positions=metadata["llama.context_length"],
+            maximum_positions=size_of("context_length"),
         )
     except KeyError as error:
         raise ConfigurationError(
@@ -180,18 +184,19 @@ def _scaling(file: Path, metadata: dict[str, Any]) -> dict[str, Any] | None:
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": _rounded(metadata["llama.rope.scaling.factor"])}
+        return {"rope_type": "linear", "factor": _rounded(file, "factor", metadata["llama.rope.scaling.factor"])}
     raise ConfigurationError(f"{file}: rotary scaling {kind!r} is not imported; linear and none are.")
 
 
-def _rounded(value: float) -> float:
-    """The shortest decimal that is this float32."""
-    return float(str(np.float32(value)))
+def _rounded(file: Path, key: str, value: Any) -> float:
+    """The shortest decimal that is this float32: 1e-5 is stored as 9.99…e-6, and rounding restores what was meant."""
+    return float(str(np.float32(number(file, key, value))))
 
 
 def _tensors(file: Path, reader: Any, config: LlamaConfig, gguf: Any) -> dict[str, np.ndarray]:
     """Dequantised tensors under Hugging Face's names."""
     stored = {_hugging_face_name(tensor.name): tensor for tensor in reader.tensors}
+    check_layers(file, config, len(stored))
     expected = slots(config)
     problems = [f"{name}: missing, expected {slot.shape}" for name, slot in expected.items() if name not in stored]
     problems += [f"{name}: unexpected, found {_shape(stored[name])}" for name in stored if name not in expected]
@@ -208,6 +213,7 @@ def _tensors(file: Path, reader: Any, config: LlamaConfig, gguf: Any) -> dict[st
             values = np.asarray(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32)
         except NotImplementedError as error:
             raise ConfigurationError(f"{file}: {name} is stored as {tensor.tensor_type.name}: {error}.") from None
+        check_finite(file, name, values)
         projection = name.split(".")[-2]
         tensors[name] = unpermute(values, heads[projection]) if projection in heads else values
     return tensors
@@ -246,8 +252,15 @@ def _tokenizer(file: Path, metadata: dict[str, Any], config: LlamaConfig) -> tup
     import tokenizers
     from tokenizers import decoders, pre_tokenizers, processors
 
-    texts = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    texts = _texts(file, metadata, "tokens")
+    merges = [tuple(merge.split(" ")) for merge in _texts(file, metadata, "merges")]
+    roles = {theirs: metadata.get(f"tokenizer.ggml.{ours}_token_id") for ours, theirs in TOKEN_ROLES.items()}
+    types = metadata.get("tokenizer.ggml.token_type", [1] * len(texts))
+    for role, index in roles.items():
+        if index is not None and (type(index) is not int or not 0 <= index < len(texts)):
+            raise ConfigurationError(f"{file}: {role}_token_id = {str(index)[:50]} must be 0 to {len(texts) - 1}.")
+    if not isinstance(types, list) or len(types) != len(texts):
+        raise ConfigurationError(f"{file}: the tokenizer has {len(texts)} tokens, but not as many token types.")
     try:
         bpe = tokenizers.models.BPE(vocab={text: index for index, text in enumerate(texts)}, merges=merges)
     except Exception as error:  # the package raises nothing more special
@@ -257,8 +270,6 @@ def _tokenizer(file: Path, metadata: dict[str, Any], config: LlamaConfig) -> tup
     digits = [pre_tokenizers.Digits(individual_digits=True)] if before == "smollm" else []
     rebuilt.pre_tokenizer = pre_tokenizers.Sequence([*digits, byte_level])
     rebuilt.decoder = decoders.ByteLevel()
-    roles = {theirs: metadata.get(f"tokenizer.ggml.{ours}_token_id") for ours, theirs in TOKEN_ROLES.items()}
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(texts)
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         whole = [text for text, this in zip(texts, types, strict=True) if this == kind]
         rebuilt.add_tokens([tokenizers.AddedToken(text, normalized=False, special=special) for text in whole])
@@ -274,8 +285,15 @@ def _tokenizer(file: Path, metadata: dict[str, Any], config: LlamaConfig) -> tup
         **{f"{role}_token": texts[index] for role, index in roles.items() if index is not None},
     }
     if template := metadata.get("tokenizer.chat_template"):
-        content["chat_template"] = template
+        content["chat_template"] = str(template)
     return rebuilt, content
+
+
+def _texts(file: Path, metadata: dict[str, Any], key: str) -> list[str]:
+    texts = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ConfigurationError(f"{file}: the tokenizer's {key} are not a list of texts; is the file whole?")
+    return texts
 
 
 def _gguf() -> Any:

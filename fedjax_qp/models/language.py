@@ -12,6 +12,8 @@ from fedjax_qp.models.llama import LlamaConfig, forward
 from fedjax_qp.models.token_loss import TokenLosses, token_losses
 from fedjax_qp.registry import ConfigurationError
 
+LARGEST_ALPHA = 1e6  # far beyond any use; adapters are float32
+
 
 def language_model(
     config: LlamaConfig,
@@ -44,8 +46,10 @@ def language_model(
     """
     if not 0 <= dropout < 1:
         raise ConfigurationError(f"LoRA dropout = {dropout}; it must be at least 0 and below 1. 0 switches it off.")
-    if alpha <= 0:
-        raise ConfigurationError(f"LoRA alpha = {alpha}; it must be above 0. Common values are rank and 2 · rank.")
+    if not 0 < alpha <= LARGEST_ALPHA:
+        raise ConfigurationError(
+            f"LoRA alpha = {alpha}; it must be above 0 and at most {LARGEST_ALPHA:g}. Common values are rank and 2 · rank."
+        )
     lora.adapter_shapes(config, rank, targets)
     scale = alpha / rank
 

@@ -84,10 +84,15 @@ def select_targets(config: Adaptable, targets: str | Sequence[str]) -> tuple[str
       targets: names, globs ("*_proj") or regular expressions ("[qv]_proj"); each must match a whole name.
 
     Raises:
-      ConfigurationError: one of them matches nothing.
+      ConfigurationError: one of them matches nothing, or stands twice.
     """
     names = tuple(config.projections())
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
+    twice = [pattern for pattern in dict.fromkeys(patterns) if patterns.count(pattern) > 1]
+    if twice:
+        raise ConfigurationError(
+            f"LoRA targets {patterns}: {', '.join(map(repr, twice))} stands twice: name each once."
+        )
     unused = [pattern for pattern in patterns if not any(_matches(pattern, name) for name in names)]
     if unused or not patterns:
         raise ConfigurationError(

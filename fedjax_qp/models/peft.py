@@ -15,11 +15,12 @@ from fedjax_qp.models.llama import LlamaConfig
 from fedjax_qp.models.pretrained import (
     FLOATS,
     PROJECTIONS,
+    check_finite,
     check_names,
     open_tensors,
     save_tensors,
 )
-from fedjax_qp.models.pretrained_config import read_json
+from fedjax_qp.models.pretrained_config import number, read_json
 from fedjax_qp.registry import ConfigurationError, unknown_name
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -150,7 +151,9 @@ def import_adapter(folder: Path | str, config: LlamaConfig) -> tuple[dict[str, d
             pair = adapters[part.target]
             if part.matrix not in pair:
                 pair[part.matrix] = np.empty((config.layers, *part.shape[::-1]), np.float32)
-            pair[part.matrix][part.layer] = stored.get_tensor(name).T
+            with np.errstate(over="ignore", invalid="ignore"):
+                pair[part.matrix][part.layer] = stored.get_tensor(name).T
+            check_finite(folder / TENSORS, name, pair[part.matrix][part.layer])
     return adapters, rank, alpha
 
 
@@ -181,4 +184,4 @@ def _read_settings(file: Path) -> tuple[int, float]:
         raise ConfigurationError(
             f"{file}: r = {rank!r} must be a positive integer and lora_alpha = {alpha!r} a number."
         )
-    return rank, float(alpha)  # type: ignore[arg-type]
+    return rank, number(file, "lora_alpha", alpha)

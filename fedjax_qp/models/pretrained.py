@@ -84,12 +84,16 @@ def load_weights(
       The frozen tree of `llama` as numpy arrays: kernels [in, out], blocks with a leading axis of the layers.
 
     Raises:
-      ConfigurationError: no safetensors, or tensors that are missing, unexpected or of the wrong shape; lists them.
+      ConfigurationError: no safetensors, or tensors that are missing, unexpected, stored twice or of the wrong shape (lists
+        them), or one with numbers that are not finite.
     """
     if dtype not in DTYPES:
         raise ConfigurationError(f"dtype = {dtype!r} is not valid; choose one of {', '.join(DTYPES)}.")
-    files, table = _weight_files(Path(folder)), slots(config)
-    _check_tensors(Path(folder), files, table, config.tied)
+    files = _weight_files(Path(folder))
+    found = _stored(Path(folder), files)
+    check_layers(folder, config, len(found))
+    table = slots(config)
+    _check_tensors(Path(folder), found, table, config.tied)
     flat: dict[tuple[str, ...], np.ndarray] = {}
     for slot in table.values():
         if slot.path not in flat:
@@ -101,7 +105,9 @@ def load_weights(
                 if name in table:
                     slot, tensor = table[name], stored.get_tensor(name)
                     target = flat[slot.path] if slot.layer is None else flat[slot.path][slot.layer]
-                    target[...] = tensor.T if slot.transposed else tensor
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        target[...] = tensor.T if slot.transposed else tensor
+                    check_finite(file, name, target)
     frozen: dict[str, Any] = {}
     for path, array in flat.items():
         branch = frozen
@@ -152,7 +158,35 @@ def open_tensors(file: Path) -> Iterator[Any]:
         with safetensors.safe_open(str(file), framework="numpy") as stored:
             yield stored
     except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigurationError(f"{file} cannot be read as safetensors: {error}.") from None
+        reason = str(error)[:300]
+        raise ConfigurationError(f"{file} cannot be read as safetensors: {reason}.") from None
+
+
+def check_layers(where: object, config: LlamaConfig, tensors: int) -> None:
+    """Checks the number of layers against that of the tensors, before anything is laid out by layer.
+
+    Raises:
+      ConfigurationError: there are more layers than tensors.
+    """
+    if config.layers > tensors:
+        raise ConfigurationError(
+            f"{where}: {config.layers} layers by the configuration, but only {tensors} tensors: the weights of another model?"
+        )
+
+
+def check_finite(file: Path, name: str, array: np.ndarray) -> None:
+    """Checks a tensor that was read.
+
+    Raises:
+      ConfigurationError: it holds NaN or infinity, or what is infinite in the type it was read into.
+    """
+    short = array.dtype == DTYPES["bfloat16"]  # compared as integers, which is several times faster
+    finite = (array.view(np.uint16) & 0x7FFF) < 0x7F80 if short else np.isfinite(array)
+    if not finite.all():
+        raise ConfigurationError(
+            f"{file}: {name} holds NaN, infinity or numbers beyond {array.dtype}: the weights are damaged, or need another "
+            "model.dtype."
+        )
 
 
 def check_names(where: object, problems: list[str]) -> None:
@@ -168,7 +202,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
+        if not isinstance(shards, dict) or not shards or not all(map(_plain_name, shards.values())):
             raise ConfigurationError(f"{folder / INDEX} has no weight_map from tensor names to file names.")
         return [folder / shard for shard in sorted(set(shards.values()))]
     pickled = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt") for file in folder.glob(pattern))
@@ -179,14 +213,29 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _check_tensors(folder: Path, files: list[Path], table: dict[str, Slot], tied: bool) -> None:
-    """Compares names, shapes and storage types before anything large is read."""
+def _plain_name(shard: Any) -> bool:
+    """Whether this names a file in the index's own folder."""
+    return isinstance(shard, str) and shard not in ("", "..") and "\0" not in shard and Path(shard).name == shard
+
+
+def _stored(folder: Path, files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and storage types of all tensors, by their names."""
     found: dict[str, tuple[tuple[int, ...], str]] = {}
+    twice = []
     for file in files:
         with open_tensors(file) as stored:
             for name in stored.keys():  # noqa: SIM118 - not a mapping
                 part = stored.get_slice(name)
+                twice += [f"{name}: in {file.name} and in an earlier file"] if name in found else []
                 found[name] = tuple(part.get_shape()), part.get_dtype()
+    check_names(folder, twice)
+    return found
+
+
+def _check_tensors(
+    folder: Path, found: dict[str, tuple[tuple[int, ...], str]], table: dict[str, Slot], tied: bool
+) -> None:
+    """Compares names, shapes and storage types before anything large is read."""
     # Buffers of old checkpoints that follow from the configuration, and the copy of tied embeddings, say nothing new.
     ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq") or (tied and name == "lm_head.weight")}
     problems = [f"{name}: missing, expected {slot.shape}" for name, slot in table.items() if name not in found]

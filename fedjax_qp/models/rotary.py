@@ -34,19 +34,31 @@ def scaling_type(scaling: Mapping | None) -> str:
     """Returns the name of a scaling.
 
     Raises:
-      ConfigurationError: it is unknown or incomplete.
+      ConfigurationError: it is unknown or incomplete, or a number of it is out of range.
     """
     if scaling is None:
         return "default"
     name = scaling.get("rope_type")
-    if name not in SCALINGS:
+    if not isinstance(name, str) or name not in SCALINGS:
         raise ConfigurationError(
-            f"rotary scaling {name!r} is not supported. Valid rope_type: {', '.join(SCALINGS)}. "
+            f"rotary scaling {str(name)[:50]!r} is not supported. Valid rope_type: {', '.join(SCALINGS)}. "
             "Choose a model with one of these."
         )
     missing = [key for key in SCALINGS[name] if key not in scaling]
     if missing:
         raise ConfigurationError(f"rotary scaling {name!r} needs {', '.join(missing)}, but states {dict(scaling)}.")
+    for key in SCALINGS[name]:
+        value = scaling[key]
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise ConfigurationError(
+                f"rotary scaling {name!r}: {key} = {str(value)[:50]!r} must be a number above 0. Check the model's "
+                "configuration file."
+            )
+    if name == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ConfigurationError(
+            f"rotary scaling 'llama3': low_freq_factor = {scaling['low_freq_factor']} must be below high_freq_factor = "
+            f"{scaling['high_freq_factor']}. Check the model's configuration file."
+        )
     return name
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.strict import load_json
 
 INSTALL = "pip install -e '.[language]'"
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What transformers reads besides, where it is there.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def load_tokenizer(folder: Path | str) -> Any:
@@ -29,12 +32,13 @@ def load_tokenizer(folder: Path | str) -> Any:
         # Without this check transformers would take the path for a model's name on the hub.
         raise ConfigurationError(f"{folder} has no tokenizer: none of {', '.join(FILES)} is there.")
     transformers = _transformers()
+    _check_files(folder)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ConfigurationError(f"the tokenizer in {folder} cannot be read: {error}") from None
+    except Exception as error:  # the packages raise many kinds, and Exception itself
+        raise ConfigurationError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from None
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ConfigurationError(
@@ -42,6 +46,33 @@ def load_tokenizer(folder: Path | str) -> Any:
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def one_line(error: Exception) -> str:
+    """What a foreign library says, cut to a line; without its advice to run a folder's code, which is never done here."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if any("trust_remote_code" in line for line in lines):
+        return "it asks for code of its own, which is never run; take a model of an ordinary class."
+    return (" ".join(lines) or type(error).__name__)[:300]
+
+
+def _check_files(folder: Path) -> None:
+    """Checks that the tokenizer's files are JSON objects, by rules that transformers does not have.
+
+    Raises:
+      ConfigurationError: one of them is damaged, or repeats a key.
+    """
+    for file in (folder / name for name in (*FILES, *SETTINGS) if name.endswith(".json")):
+        if not file.is_file():
+            continue
+        try:
+            content = load_json(file.read_bytes(), str(file))
+        except (OSError, ConfigurationError) as error:
+            raise ConfigurationError(f"the tokenizer in {folder} cannot be read: {error}") from None
+        if not isinstance(content, dict):
+            raise ConfigurationError(
+                f"the tokenizer in {folder} cannot be read: {file.name} holds a {type(content).__name__}, not a JSON object."
+            )
 
 
 def _transformers() -> Any:

@@ -90,7 +90,7 @@ def test_every_method_traces(name, options, targets):
     if targets == ALL and not algorithm.tunes_adapters and name != "ditto":
         return  # they count nothing
     metrics = metrics_of_a_round(algorithm, large)
-    assert {"client/loss", "client/update_norm"} <= set(metrics)
+    assert "client/update_norm" in metrics
 
 
 def test_what_a_mask_of_7b_leaves_is_counted_exactly():
