@@ -22,7 +22,12 @@ def cores() -> int:
     """
     physical = psutil.cpu_count(logical=False) or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed, int(os.environ.get("PJRT_NPROC", physical))))
+    given = os.environ.get("PJRT_NPROC", str(physical))
+    if not given.isdecimal():
+        raise ConfigurationError(
+            f"PJRT_NPROC = {given[:80]!r} must be a whole number of threads, such as {physical}, or unset."
+        )
+    return max(1, min(physical, allowed, int(given[:9])))
 
 
 def share_out_cores() -> None:

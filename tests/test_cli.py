@@ -8,6 +8,7 @@ import pytest
 from test_config import SMALL, write
 
 from fedjax_qp import catalogue, cli, config
+from fedjax_qp.devices import cores
 from fedjax_qp.experiment import check, registries, resolve
 from fedjax_qp.listing import listing
 from fedjax_qp.registry import ConfigurationError
@@ -100,6 +101,12 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypa
         cli.main([command, str(tmp_path), "--output", str(tmp_path / "file" / "x")])
     assert left.value.code == 2
     assert "x cannot be written" in capsys.readouterr().err
+
+
+def test_a_wrong_number_of_threads_is_one_line(monkeypatch):
+    monkeypatch.setenv("PJRT_NPROC", "abc")
+    with pytest.raises(ConfigurationError, match="PJRT_NPROC = 'abc' must be a whole number"):
+        cores()
 
 
 def test_the_version(capsys):
