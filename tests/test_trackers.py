@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
@@ -154,7 +155,7 @@ def test_nothing_uses_the_network_and_nothing_fails(interrupted):
 
 def test_mlflow_holds_every_round_once_in_one_run(interrupted):
     folder, _ = interrupted
-    with sqlite3.connect(folder.parent / "mlflow.db") as database:
+    with closing(sqlite3.connect(folder.parent / "mlflow.db")) as database:
         ((id, name, status),) = database.execute("SELECT run_uuid, name, status FROM runs").fetchall()
         assert (name, status) == ("tracked-seed0", "FINISHED")
         assert id == json.loads((folder / trackers.FILE).read_text())["mlflow"]["id"]
