@@ -92,7 +92,7 @@ def experiment(**algorithm) -> Experiment:
     values = {
         "name": "clustered",
         "rounds": 4,
-        "seed": 2,  # one whose cohorts hold a client twice
+        "seed": 3,  # one whose cohorts hold a client twice
         "data": "digits",
         "model": {"name": "mlp", "hidden": []},
         "partition": {"name": "dirichlet", "clients": 8, "beta": 0.3, "minimum": 5},
