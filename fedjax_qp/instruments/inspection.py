@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fedjax_qp.files import write_whole
 from fedjax_qp.instruments import conflict, curvature, fairness, mutations, sharpness, surface
 from fedjax_qp.instruments.settings import NAMES, Settings, What
 from fedjax_qp.instruments.subject import InspectedRun, Subject, load, open_run, with_update
@@ -109,9 +110,8 @@ def inspect_checkpoint(
         headlines[name] = instrument.headline(result)
         numbers = numbers_file(subject.run.folder, name, subject.round)
         instrument.draw(result, title, numbers.with_suffix(".png"))
-        partial = numbers.with_suffix(".partial")
-        partial.write_text(json.dumps(_plain(_facts(subject, settings) | {"headline": headlines[name]} | result)))
-        partial.replace(numbers)
+        facts = _facts(subject, settings) | {"headline": headlines[name]} | result
+        write_whole(numbers, json.dumps(_plain(facts)))
         files += [numbers, numbers.with_suffix(".png")]
     return Inspected(subject.run.folder, f"{config.name}-seed{config.seed}", subject.round, headlines, files)
 
