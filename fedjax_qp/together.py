@@ -117,7 +117,7 @@ def run_together(
     outcomes = {index: ended for index, config in enumerate(configs) if (ended := _ended(config)) is not None}
     for group in groups(configs):
         waiting = [index for index in group if index not in outcomes]
-        if _interrupted(outcomes[index] for index in outcomes):
+        if _interrupted(outcomes.values()):
             outcomes |= {index: Outcome(configs[index].run_folder, 0, "interrupted") for index in waiting}
         elif waiting:
             ended = {place: outcomes[index] for place, index in enumerate(group) if index in outcomes}
@@ -162,8 +162,9 @@ def _run_group(
     """Runs what has not ended of a group whose members can share a program; how each of those ended, by position."""
     startup = Startup()
     waiting = [index for index in range(len(configs)) if index not in ended]
-    shared = [members for members in remembered_programs([config.run_folder for config in configs]) if len(members) > 1]
-    needed = sorted({*waiting, *(index for members in shared for index in members if not ended.keys() >= set(members))})
+    remembered = remembered_programs([config.run_folder for config in configs])
+    shared = [members for members in remembered if len(members) > 1 and not ended.keys() >= set(members)]
+    needed = sorted({*waiting, *(index for members in shared for index in members)})
     experiments: dict[int, Experiment] = {}
     with contextlib.ExitStack() as stack:
         with console.status("reading the data"):
@@ -179,9 +180,7 @@ def _run_group(
         for index in needed:
             _begin(experiments[index], made_of[index], console)
         startup.done("data")
-        programs = _programs(
-            experiments, [members for members in shared if not ended.keys() >= set(members)], ended, console
-        )
+        programs = _programs(experiments, shared, ended, console)
         return _one_after_another(experiments, programs, ended, console, startup, stop)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,14 +80,103 @@ def test_a_second_run_in_the_same_folder_is_refused(finished):
 
 
 def test_more_rounds_continue_where_the_run_ended(finished, tmp_path):
-    import shutil
-
     shutil.copytree(finished, tmp_path / "copy")
     outcome = resume(tmp_path / "copy", ["rounds=8"], quiet())
     assert outcome.rounds == 8
     whole = run(config.load(finished / "config.yaml", ["rounds=8", f"folder={tmp_path}", "name=whole"]), quiet())
     assert_bitwise(final_state(tmp_path / "copy"), final_state(whole.folder))
     assert [line["round"] for line in records.read(tmp_path / "copy")] == list(range(1, 9))
+
+
+DAMAGED_RECORDS = {  # what is left of the lines of four rounds, and where the run can go back to
+    "empty": ([], None),
+    "half": ([1, 2], 2),
+    "last line deleted": ([1, 2, 3], 2),
+    "first line deleted": ([2, 3, 4], None),
+    "line doubled": ([1, 2, 2, 3, 4], None),
+    "last line doubled": ([1, 2, 3, 4, 4], 2),
+    "lines swapped": ([1, 2, 4, 3], 2),
+    "first lines swapped": ([2, 1, 3, 4], None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_RECORDS)
+def test_records_that_do_not_reach_the_checkpoint_are_restored_or_refused(finished, tmp_path, damage):
+    kept, back = DAMAGED_RECORDS[damage]
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    lines = (finished / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "records.jsonl").write_bytes(b"".join(lines[round - 1] for round in kept))
+    output = Console(file=io.StringIO(), width=300)
+    if back is None:
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(
+            ConfigurationError, match=r"records\.jsonl is not complete \(.*restore the file from a backup"
+        ):
+            resume(folder, [], output)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        return
+    resume(folder, [], output)
+    assert f"going back to round {back}" in output.file.getvalue()
+    assert (folder / "records.jsonl").read_bytes() == b"".join(lines)
+    assert_bitwise(final_state(folder), final_state(finished))
+
+
+def test_recorded_rounds_are_not_thrown_away_without_a_word(finished, tmp_path):
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(ConfigurationError, match="has records of 4 rounds, but no checkpoint: restore"):
+        resume(folder, [], quiet())
+    (folder / "ended.json").unlink()  # killed before its first checkpoint was whole
+    output = Console(file=io.StringIO(), width=300)
+    resume(folder, [], output)
+    assert "starting from round 1; the 4 recorded rounds are computed again" in output.file.getvalue()
+    assert_bitwise(final_state(folder), final_state(finished))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"reason": 5, "round": 4}', '{"reason": "finished", "round": 400}']
+)
+def test_a_damaged_mark_does_not_end_a_run(finished, tmp_path, content):
+    folder = Path(shutil.copytree(finished, tmp_path / "small-seed0"))
+    (folder / "ended.json").write_text(content)
+    (outcome,) = run_together([config.load(folder / "config.yaml", [f"folder={tmp_path}"])], quiet())
+    assert (outcome.rounds, outcome.reason) == (4, "finished")
+    assert json.loads((folder / "ended.json").read_text()) == {"reason": "finished", "round": 4}
+
+
+def test_two_starts_at_once_leave_one_run_with_its_own_settings(tmp_path):
+    """The loser says so and leaves nothing behind, however close they are."""
+    file = write(tmp_path, algorithm="fedavg")
+    rates = (0.05, 0.2, 0.1)
+    processes = [start(["run", str(file), f"local.learning_rate={rate}", "rounds=2"]) for rate in rates]
+    said = [process.communicate(timeout=480)[0] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 2, 2], said
+    won = codes.index(0)
+    folder = config.load(file).run_folder
+    assert config.load(folder / "config.yaml").local.learning_rate == rates[won]
+    alone = run(config.load(file, [f"local.learning_rate={rates[won]}", "rounds=2", "name=alone"]), quiet())
+    assert (alone.folder / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
+    assert all(
+        "another process" in text or "already holds a run" in text
+        for text, code in zip(said, codes, strict=True)
+        if code
+    )
+
+
+def test_a_misspelt_name_comes_before_what_is_in_the_way(finished):
+    with pytest.raises(ConfigurationError, match="did you mean fedavg"):
+        run(config.load(finished / "config.yaml", ["algorithm=fedavgg"]), quiet())
+    with pytest.raises(ConfigurationError, match="name=small-fedavg"):
+        run(config.load(finished / "config.yaml", ["algorithm=fedavg"]), quiet())
+
+
+def test_no_number_is_shown_before_the_first_evaluation(tmp_path):
+    output = Console(file=io.StringIO(), width=200, force_terminal=True)
+    run(config.load(write(tmp_path), ["rounds=4", "evaluation.every=4"]), output)
+    said = output.file.getvalue()
+    assert "nan" not in said and "compiling" in said and "reading the data" in said
+    assert re.search(r"finished after round 4: accuracy 0\.\d{4}", said)
 
 
 def test_a_change_of_the_past_is_refused_by_name(finished):

@@ -205,6 +205,73 @@ def test_wandb_holds_every_round_once_in_one_run(interrupted):
     assert losses == [(n, pytest.approx(1 / n)) for n in range(1, 6)]
 
 
+# A server that takes connections and never answers, one that is not there; then a run resumed with other settings.
+SILENT_SERVERS = """
+import json, socket, sys, time
+from pathlib import Path
+
+from fedjax_qp import config
+from fedjax_qp.trackers import Trackers
+from test_trackers import made_records
+
+folder, found = Path(sys.argv[1]), {}
+file = folder.parent / "small.yaml"
+import mlflow
+
+with socket.create_server(("127.0.0.1", 0)) as silent:
+    for name, port in (("silent", silent.getsockname()[1]), ("absent", 9)):
+        said, began = [], time.monotonic()
+        loaded = config.load(file, ["tracking.tensorboard=false", f"tracking.mlflow.uri=http://127.0.0.1:{port}"])
+        opened = Trackers(loaded, folder, [], said.append)
+        for round in (1, 2):
+            opened.write(made_records(round, round))
+        opened.close("finished")
+        found[name] = [time.monotonic() - began, said]
+for overrides, history in (([], []), (["rounds=9", "evaluation.every=2"], made_records(1, 2))):
+    loaded = config.load(file, ["tracking.tensorboard=false", "tracking.mlflow={}", *overrides])
+    Trackers(loaded, folder, history, print).close("finished")
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def unanswered(tmp_path_factory) -> tuple[Path, dict]:
+    if not importlib.util.find_spec("mlflow"):
+        pytest.skip("needs `pip install -e '.[trackers]'`")
+    folder = tmp_path_factory.mktemp("runs") / "tracked-seed0"
+    folder.mkdir()
+    write(folder.parent)
+    paths = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    kept = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
+    process = subprocess.run(
+        [sys.executable, "-c", SILENT_SERVERS, str(folder)],
+        env={**kept, "PYTHONPATH": paths},
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr
+    return folder, json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("name", "most"), [("absent", 5), ("silent", 20)])
+def test_a_server_that_does_not_answer_costs_seconds_once(unanswered, name, most):
+    seconds, said = unanswered[1][name]
+    assert len(said) == 1 and "tracking.mlflow failed and is left out" in said[0]
+    assert seconds < most
+
+
+def test_a_resumed_mlflow_run_shows_what_changed(unanswered):
+    with sqlite3.connect(unanswered[0].parent / "mlflow.db") as database:
+        assert database.execute("SELECT COUNT(*) FROM runs").fetchall() == [(1,)]
+        tags = dict(database.execute("SELECT key, value FROM tags").fetchall())
+        params = dict(database.execute("SELECT key, value FROM params").fetchall())
+    assert (params["rounds"], tags["rounds"]) == ("4", "9")
+    assert (params["evaluation.every"], tags["evaluation.every"]) == ("1", "2")
+    assert "local.momentum" not in tags
+
+
 # --- failures, with a tracker that fails as told ----------------------------------------------------------------------
 
 
