@@ -305,8 +305,7 @@ def _every(run: Run) -> int | None:
 
 def incomplete(run: Run) -> str | None:
     """What a run's records lack up to where it has come; None where they are complete."""
-    look = getattr(recorded, "missing", None)
-    found = None if look is None or run.done is not None else look(run.folder, run.records)
+    found = recorded.missing(run.folder, run.records) if run.done is None else None
     return None if found is None else f"has records with {found}"
 
 
@@ -421,8 +420,8 @@ def as_dict(value: Any) -> Any:
     """Named tuples as dicts, also inside of other values; None for numbers that are not finite, which JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {key: as_dict(item) for key, item in value._asdict().items()}
+    if isinstance(value, tuple) and (named := getattr(value, "_asdict", None)) is not None:
+        return {key: as_dict(item) for key, item in named().items()}
     if isinstance(value, dict):
         return {key: as_dict(item) for key, item in value.items()}
     return value

@@ -146,9 +146,7 @@ def _reporting(plan: "Plan", index: int) -> Bool[np.ndarray, "M"]:
     return np.asarray(plan.cohorts.steps[index]) > 0
 
 
-def _record(
-    row: dict[str, np.ndarray], plan: "Plan", index: int, round: int, label_shares: np.ndarray | None
-) -> dict:
+def _record(row: dict[str, np.ndarray], plan: "Plan", index: int, round: int, label_shares: np.ndarray | None) -> dict:
     reporting = _reporting(plan, index)
     record: dict[str, Any] = {
         "round": round,

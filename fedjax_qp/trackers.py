@@ -249,7 +249,7 @@ class WandbTracker:
         self._run.finish(exit_code=int(_STATUS.get(reason) == "FAILED"))
 
 
-def _wandb_patience() -> dict[str, float]:
+def _wandb_patience() -> dict[str, Any]:
     """How long W&B waits for its server, unless the environment says it."""
     wanted = {"init_timeout": _WANDB_SECONDS, "login_timeout": _WANDB_SECONDS}
     return {name: seconds for name, seconds in wanted.items() if f"WANDB_{name.upper()}" not in os.environ}

@@ -424,8 +424,9 @@ def _read_splits(tfds: ModuleType, directory: Path, splits: tuple, label: str | 
             source = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
         except (ValueError, KeyError, NotImplementedError) as error:
             raise ConfigurationError(
-                f"split {split!r} of {directory} cannot be read, or is empty ({_brief(error)}). It has {', '.join(info.splits)} "
-                f"in the format {info.file_format.value}; array_record is needed (`tfds convert_format`)."
+                f"split {split!r} of {directory} cannot be read, or is empty ({_brief(error)}). It has "
+                f"{', '.join(info.splits)} in the format {info.file_format.value}; array_record is needed (`tfds "
+                "convert_format`)."
             ) from None
         decoded = _decode_split(source, image, label, info.features[image].shape[-1])
         content[f"{part}_inputs"], content[f"{part}_labels"] = decoded

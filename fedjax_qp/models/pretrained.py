@@ -27,7 +27,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Storage types of ordinary weights; quantised ones (integers, 8-bit floats) mean nothing without their scales.
 FLOATS = {"F64", "F32", "F16", "BF16"}
 # At most this many tensors are named in a message.
-NAMED = 10
+NAMED = 4  # tensors that a message lists
 
 # The projections of a decoder layer, where Hugging Face (and PEFT after it) keeps them.
 PROJECTIONS = {
@@ -192,9 +192,10 @@ def check_finite(file: Path, name: str, array: np.ndarray) -> None:
 def check_names(where: object, problems: list[str]) -> None:
     """Raises one error for all tensors that do not fit, if there are any."""
     if problems:
-        listed = "".join(f"\n  {problem}" for problem in problems[:NAMED])
-        rest = f"\n  … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise ConfigurationError(f"{where}: {len(problems)} tensors do not fit the configuration:{listed}{rest}")
+        rest = f"; … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise ConfigurationError(
+            f"{where}: {len(problems)} tensors do not fit the configuration: {'; '.join(problems[:NAMED])}{rest}"
+        )
 
 
 def _weight_files(folder: Path) -> list[Path]:
