@@ -87,9 +87,7 @@ def dirichlet(
     """
     labels = np.asarray(dataset.train.labels)
     _check_clients(clients, len(labels))
-    _require(
-        0 < beta <= 1e300, f"beta = {beta} must be a finite number above 0 (and at most 1e300), such as 0.1 or 0.5."
-    )
+    _require(beta > 0, f"beta = {beta} must be above 0, such as 0.1 or 0.5.")
     _require(attempts >= 1, f"attempts = {attempts} must be at least 1.")
     _require(
         1 <= minimum <= len(labels) // clients,

@@ -187,7 +187,7 @@ def test_dirichlet_gives_up_with_what_it_tried():
 def test_dirichlet_gives_up_at_once_where_no_draw_can_succeed():
     """However many draws are asked for: of 1000 clients, far more than 30 are without examples each time."""
     begin = time.perf_counter()
-    options = {"clients": 1000, "beta": 0.01, "minimum": 1, "attempts": 10**9}
+    options = {"clients": 1000, "beta": 0.01, "minimum": 1, "attempts": 10**4}
     with pytest.raises(ConfigurationError, match=r"in each of the 20 that were made, at least [67]\d\d of the clients"):
         partitions.build("dirichlet", balanced(2000), np.random.default_rng(0), **options)
     assert time.perf_counter() - begin < 3
@@ -197,15 +197,13 @@ def test_dirichlet_draws_no_longer_than_its_patience(monkeypatch):
     """One class falls on few of 20 clients, but those without are not many enough to give up at once."""
     monkeypatch.setattr("fedjax_qp.data.partition.PATIENCE", 0.2)
     begin = time.perf_counter()
-    options = {"clients": 20, "beta": 1e-3, "minimum": 1, "attempts": 10**9}
-    with pytest.raises(
-        ConfigurationError, match=r"1000000000 draws .* in each of the \d+ that were made, at least 1\d of"
-    ):
+    options = {"clients": 20, "beta": 1e-3, "minimum": 1, "attempts": 10**4}
+    with pytest.raises(ConfigurationError, match=r"10000 draws .* in each of the \d+ that were made, at least 1\d of"):
         partitions.build("dirichlet", balanced(2000, 1), np.random.default_rng(0), **options)
     assert time.perf_counter() - begin < 3
 
 
-@pytest.mark.parametrize("beta", [5e-324, 1e-300, 1e-4, 1e6, 1e300])
+@pytest.mark.parametrize("beta", [1.2e-38, 1e-4, 1e6, 3.4e38])
 def test_dirichlet_extremes_stay_finite(beta):
     dataset = balanced(2000)
     parts = partitions.build("dirichlet", dataset, np.random.default_rng(0), clients=2, beta=beta, minimum=1)
@@ -250,13 +248,13 @@ def test_many_clients_are_dealt_out_quickly():
     [
         ("iid", {"clients": 0}, "clients = 0 must be between 1 and 4000"),
         ("iid", {"clients": 4001}, "clients = 4001"),
-        ("dirichlet", {"beta": 0.0}, "beta = 0.0 must be a finite number above 0"),
+        ("dirichlet", {"beta": 0.0}, "beta = 0.0 must be above 0"),
         ("dirichlet", {"beta": -1}, "beta = -1"),
         ("dirichlet", {"beta": float("nan")}, "beta = nan"),
         ("dirichlet", {"beta": float("inf")}, "beta = inf"),
-        ("dirichlet", {"beta": 1.7e308}, "beta = 1.7e\\+308 must be .* at most 1e300"),
-        ("dirichlet", {"minimum": 10**30}, "minimum = 1000000000000000000000000000000 must be between 1 and 40"),
-        ("iid", {"clients": 10**30}, "clients = 1000000000000000000000000000000 must be between 1 and 4000"),
+        ("dirichlet", {"beta": 1.7e308}, "beta = 1.7e\\+308 must be .* as far as float32 reaches"),
+        ("dirichlet", {"minimum": 10**30}, "minimum = 10+ must be less than"),
+        ("iid", {"clients": 10**30}, "clients = 10+ must be less than"),
         ("dirichlet", {"minimum": 41}, "minimum = 41 must be between 1 and 40"),
         ("dirichlet", {"minimum": 0}, "minimum = 0"),
         ("dirichlet", {"attempts": 0}, "attempts = 0"),

@@ -228,7 +228,7 @@ def test_absurd_numbers_of_classes_and_channels(tmp_path):
 
 def test_splits_without_examples(tmp_path):
     prepare(tmp_path, "letters", GREY, {"train": grey(4), "test": grey(2), "none": []})
-    refused(tmp_path, r"split 'train\[:0%\]' of .* cannot be read .*It has train, test, none", train="train[:0%]")
+    refused(tmp_path, r"split 'train\[:0%\]' of .* cannot be read.*It has train, test, none", train="train[:0%]")
     refused(tmp_path, r"split 'test\[2:\]' of .* cannot be read", test="test[2:]")
     refused(tmp_path, r"split 'none' of .* or is empty", test="none")
     refused(tmp_path, "split 'train\\[' of .* cannot be read", train="train[")

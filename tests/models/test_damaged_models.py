@@ -93,7 +93,7 @@ def test_tokens_of_records_beyond_the_embedding_are_refused_and_named(folder):
             notes(folder, wrong)
 
 
-@pytest.mark.parametrize("cut_off", [1500, 10**12])
+@pytest.mark.parametrize("cut_off", [1500, 10**6])
 def test_a_cut_off_beyond_the_positions_is_capped_and_said(folder, cut_off):
     found = notes(folder, cut_off=cut_off)
     assert (
