@@ -35,6 +35,8 @@ KINDS = {
     "language_models": Kind("model", "language model", "language"),
 }
 _FOLDERS = ("algorithms", "data", "models")
+# Where the options stand that all entries of a registry have, see `registry.Registry`.
+_COMMON = {"partitions": ("data/client_tests.py", "client_tests")}
 
 
 class Entry(NamedTuple):
@@ -95,15 +97,28 @@ def _of_file(source: str) -> Iterator[Entry]:
     for node in tree.body:
         registry = _registry(node) if isinstance(node, ast.FunctionDef) else None
         if isinstance(node, ast.FunctionDef) and registry is not None:
-            pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
             yield Entry(
                 registry,
                 node.name,
                 "language" if _tunes_adapters(source) else KINDS[registry].suits,
                 ast.get_docstring(node) or "",
                 ast.get_docstring(tree) or "",
-                {option.arg: None if default is None else ast.unparse(default) for option, default in pairs},
+                _options(node) | _common_options(registry),
             )
+
+
+def _options(function: ast.FunctionDef) -> dict[str, str | None]:
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return {option.arg: None if default is None else ast.unparse(default) for option, default in pairs}
+
+
+@cache
+def _common_options(registry: str) -> dict[str, str | None]:
+    if registry not in _COMMON:
+        return {}
+    file, name = _COMMON[registry]
+    tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+    return next(_options(node) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
 def _registry(function: ast.FunctionDef) -> str | None:

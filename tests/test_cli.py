@@ -71,6 +71,21 @@ def test_seeds_may_be_separated_by_commas_and_followed_by_settings(tmp_path, mon
     assert {one.rounds for one in started} == {2 if "rounds=2" in seeds else 4}
 
 
+def test_options_that_all_partitions_have_are_set_on_the_command_line(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def start(one, *_):
+        started.append(one.partition.options)
+        raise SystemExit
+
+    monkeypatch.setattr("fedjax_qp.run.run", start)
+    with pytest.raises(SystemExit):
+        cli.main(["run", str(write(tmp_path)), "partition.test=matched", "partition.test_share=0.3", "algorithm=ditto"])
+    assert started[0]["test"] == "matched" and started[0]["test_share"] == 0.3
+    assert "did you mean test?" in told(capsys, "run", str(write(tmp_path)), "partition.tst=own")
+    assert "test='common', test_share=0.2" in listing("iid")[0]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
