@@ -267,7 +267,8 @@ def change(
     they belonged to another function. Options that are among the changes are set after it.
 
     Args:
-      split: takes a name apart; by default at its dots.
+      split: takes a name apart; by default at its dots. With one, a part's name alone stays what it is: `values` are then
+        changes themselves, where `algorithm: fedavg` says less than `algorithm: {name: fedavg}`.
 
     Raises:
       ConfigurationError: two changes contradict each other, or one leads into a single value.
@@ -275,7 +276,7 @@ def change(
     wanted: dict[tuple[str, ...], Any] = {}
     for key, value in changes:
         path = tuple(key.split(".") if split is None else split(key))
-        path = (key, "name") if path == (key,) and key in PARTS and isinstance(value, str) else path
+        path = (key, "name") if split is None and key in PARTS and isinstance(value, str) else path
         if path in wanted and not _same(wanted[path], value):
             raise ConfigurationError(f"{key} is given twice, as {shown(wanted[path])} and {shown(value)}: keep one.")
         wanted[path] = value

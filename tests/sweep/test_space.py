@@ -265,6 +265,14 @@ def test_the_command_line_replaces_the_file_s_overrides(tmp_path):
     assert base_values(space.load(file))["algorithm"] == {"name": "fedqp", "form": "box"}
 
 
+@pytest.mark.parametrize("overrides", [["algorithm=fedmut"], {"algorithm": "fedmut"}, ["algorithm.name=fedmut"]])
+def test_the_same_name_keeps_the_options_of_the_base_in_every_form(tmp_path, overrides):
+    base = {"algorithm": {"name": "fedmut", "alpha": 2}}
+    assert base_values(sweep_of(tmp_path, base, overrides=overrides))["algorithm"] == base["algorithm"]
+    by_hand = space.load(write_sweep(tmp_path, base), ["algorithm=fedmut"])
+    assert base_values(by_hand)["algorithm"] == base["algorithm"]
+
+
 def test_paths_of_a_sweep_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = write_sweep(tmp_path / "x", config="~/x/base.yaml")
