@@ -4,7 +4,7 @@ A sweep varies fields of one base configuration, each by its dotted name (`algor
 
     name: sweep-mnist5k
     config: mnist5k.yaml                  # the base, relative to this file
-    overrides: {rounds: 20}               # changes to it; a list of key=value does as well
+    overrides: {rounds: 20}               # changes to it; a list of key=value does as well, see below
     seeds: [0, 1, 2]                      # every trial runs once with each
     search: grid                          # or random, optuna
     space:
@@ -16,8 +16,11 @@ A sweep varies fields of one base configuration, each by its dotted name (`algor
 
 A trial is one point of a variant's space; a run is a trial with one seed. On the command line, `key=value` changes the
 sweep where the key is one of `Sweep`'s, and the base configuration otherwise: `workers=4 rounds=50 space.rounds=[5,10]`.
+There it wins over the file's `overrides`. A whole group replaces that of the base: `overrides: {local: {epochs: 3}}` leaves
+the defaults for all else in `local`, and `overrides: {local.epochs: 3}` what the base has.
 """
 
+import copy
 import dataclasses
 import math
 from pathlib import Path
@@ -152,7 +155,10 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         values["config"] = str(path.expanduser().parent / Path(values["config"]).expanduser())
     given = [configuration.parse_override(override) for override in overrides or []]
     configuration.change(values, given, _place)
-    values["overrides"] = _without_replaced(of_file, _mapping(values.get("overrides")))
+    of_command = _mapping(values.get("overrides"))
+    named = isinstance(values.get("config"), str) and any(_name(part, of_command) is not None for part in PARTS)
+    base = configuration.read_mapping(Path(values["config"])) if named else {}
+    values["overrides"] = _merged(of_file, of_command, base)
     return from_dict(values)
 
 
@@ -168,18 +174,39 @@ def _place(key: str) -> list[str]:
     return [head, rest] if rest and head in ("space", "overrides") else key.split(".")
 
 
-def _without_replaced(of_file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _merged(of_file: dict[str, Any], given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     """The file's overrides under those of the command line, which also drop what belonged to what they replace.
 
     As in `config.change`, another name for a part drops the part's options.
+
+    Args:
+      base: the configuration that both change.
     """
-    renamed = {key.removesuffix(".name") for key, value in given.items() if isinstance(value, str)} & set(PARTS)
-    kept = {
-        key: value
-        for key, value in of_file.items()
-        if key.partition(".")[0] not in renamed and not any(key.startswith(f"{other}.") for other in given)
+    renamed = {
+        part
+        for part in PARTS
+        if (name := _name(part, given)) is not None and name != (_name(part, of_file) or _name(part, base))
     }
-    return {**kept, **given}
+    groups = [f"{key}." for key, value in given.items() if key not in PARTS or not isinstance(value, str)]
+    merged = {
+        key: copy.deepcopy(value)
+        for key, value in of_file.items()
+        if key.partition(".")[0] not in renamed and not key.startswith(tuple(groups))
+    }
+    for key, value in given.items():
+        path = f"{key}.name" if key in PARTS and isinstance(value, str) else key
+        outer = next((one for one in merged if path.startswith(f"{one}.") and isinstance(merged[one], dict)), None)
+        if outer is None:
+            merged[key] = value
+        else:
+            configuration.change(merged[outer], [(path.removeprefix(f"{outer}."), value)])
+    return merged
+
+
+def _name(part: str, values: dict[str, Any]) -> Any:
+    """The name that settings give a part, in any of three spellings; None where they give none."""
+    found = values.get(part, values.get(f"{part}.name"))
+    return found.get("name") if isinstance(found, dict) else found
 
 
 def from_dict(values: dict[str, Any]) -> Sweep:

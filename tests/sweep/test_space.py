@@ -273,6 +273,31 @@ def test_the_same_name_keeps_the_options_of_the_base_in_every_form(tmp_path, ove
     assert base_values(by_hand)["algorithm"] == base["algorithm"]
 
 
+@pytest.mark.parametrize(
+    ("of_file", "given", "part", "expected"),
+    [
+        ({"algorithm": "fedmut", "algorithm.beta0": 0.3}, "algorithm=fedmut", "algorithm", ("fedmut", 0.3, 2)),
+        ({"algorithm.name": "fedmut", "algorithm.beta0": 0.3}, "algorithm=fedmut", "algorithm", ("fedmut", 0.3, 2)),
+        ({"algorithm": {"name": "fedmut", "beta0": 0.3}}, "algorithm=fedmut", "algorithm", ("fedmut", 0.3, None)),
+        ({"algorithm.beta0": 0.3}, "algorithm=fedmut", "algorithm", ("fedmut", 0.3, 2)),  # the name is the base's
+        ({"algorithm.beta0": 0.3}, "algorithm.name=fedmut", "algorithm", ("fedmut", 0.3, 2)),
+        ({"algorithm": {"name": "fedmut", "alpha": 3}}, "algorithm.alpha=5", "algorithm", ("fedmut", None, 5)),
+        ({"algorithm": {"name": "fedmut", "alpha": 3}}, "algorithm=fedavg", "algorithm", ("fedavg", None, None)),
+        ({"algorithm.alpha": 3}, "algorithm=fedavg", "algorithm", ("fedavg", None, None)),
+        ({"local": {"epochs": 3}}, "local.epochs=5", "local", (5, 0.9)),
+        ({"local": {"epochs": 3}}, "local.momentum=0", "local", (3, 0)),
+        ({"local": {"epochs": 3}}, "local={momentum: 0}", "local", (5, 0)),
+        ({"local.epochs": 3}, "local.epochs=4", "local", (4, 0.5)),
+        ({"local": {"epochs": 3}}, "rounds=1", "local", (3, 0.9)),  # a whole group leaves defaults for the rest
+    ],
+)
+def test_the_command_line_wins_over_the_file(tmp_path, of_file, given, part, expected):
+    base = {"algorithm": {"name": "fedmut", "alpha": 2}, "local": {"epochs": 1, "momentum": 0.5}}
+    found = base_values(space.load(write_sweep(tmp_path, base, overrides=of_file), [given]))[part]
+    names = ("name", "beta0", "alpha") if part == "algorithm" else ("epochs", "momentum")
+    assert tuple(found.get(name) for name in names) == expected
+
+
 def test_paths_of_a_sweep_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     file = write_sweep(tmp_path / "x", config="~/x/base.yaml")
