@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.config import PARTS, Config
 from fedjax_qp.experiment import check, is_whole_number, resolve
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep.space import Choices, Dimension, Range, Sweep, Variant, at_share, listed, typed
+from fedjax_qp.sweep.space import MOST_VALUES, Choices, Dimension, Range, Sweep, Variant, at_share, listed, typed
 from fedjax_qp.values import shown
 
 if TYPE_CHECKING:
@@ -79,13 +80,20 @@ def grid(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
     """Every point of every variant, each once; the last field varies fastest.
 
     Raises:
-      ConfigurationError: some configuration cannot work.
+      ConfigurationError: some configuration cannot work, or there are too many.
     """
-    points = []
-    for variant in typed_variants(sweep, base):
-        values = [listed(dimension) or [] for dimension in variant.space.values()]
-        for chosen in itertools.product(*values):
-            points.append(checked(base, _point(variant, dict(zip(variant.space, chosen, strict=True)))))
+    variants = typed_variants(sweep, base)
+    values = [[listed(dimension) or [] for dimension in variant.space.values()] for variant in variants]
+    trials = sum(math.prod(map(len, of_variant)) for of_variant in values)
+    if trials > MOST_VALUES:
+        raise ConfigurationError(
+            f"the grid has {trials} trials, more than {MOST_VALUES}: search fewer values, or choose search = 'random'."
+        )
+    points = [
+        checked(base, _point(variant, dict(zip(variant.space, chosen, strict=True))))
+        for variant, of_variant in zip(variants, values, strict=True)
+        for chosen in itertools.product(*of_variant)
+    ]
     return list({identity(point): point for point in points}.values())
 
 

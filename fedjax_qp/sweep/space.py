@@ -403,17 +403,6 @@ def _check(sweep: Sweep) -> None:
         for key, dimension in variant.space.items():
             if sweep.search == "grid" and listed(dimension) is None:
                 raise ConfigurationError(f"{key}: a grid needs the number of points (or a step) of this range.")
-    if sweep.search == "grid":
-        _check_count(sweep)
-
-
-def _check_count(sweep: Sweep) -> None:
-    spaces = [[len(listed(dimension) or ()) for dimension in one.space.values()] for one in sweep.every_variant()]
-    trials = sum(math.prod(counts) for counts in spaces)
-    if trials > MOST_VALUES:
-        raise ConfigurationError(
-            f"the grid has {trials} trials, more than {MOST_VALUES}: search fewer values, or choose search = 'random'."
-        )
 
 
 def _check_field(what: str, key: str) -> None:
