@@ -444,7 +444,7 @@ def _understood(arguments: list[str]) -> list[str]:
     """The arguments with seeds as the parser wants them.
 
     Raises:
-      ConfigurationError: there is no such command or option; what was meant is named.
+      ConfigurationError: there is no such command or option, and what was meant is named; or an option is given twice.
     """
     if not arguments or arguments[0].startswith("-"):
         return arguments
@@ -452,10 +452,18 @@ def _understood(arguments: list[str]) -> list[str]:
     if name not in COMMANDS:
         raise unknown_name("command", name, COMMANDS)
     options = _options(COMMANDS[name])
+    found = set()
     for place, argument in enumerate(rest):
+        if not argument.startswith("--"):
+            continue
         option, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--") and option.replace("-", "_") not in options:
+        known = option.replace("-", "_")
+        if known not in options:
             raise _unknown_option(name, option, value if equals else "".join(rest[place + 1 : place + 2]), options)
+        positive = known.removeprefix("no_")
+        if positive in found:  # the parser takes the last one
+            raise ConfigurationError(f"--{option} is given twice: keep one.")
+        found.add(positive)
     return [name, *_with_seeds_apart(rest)] if name == "run" else arguments
 
 
