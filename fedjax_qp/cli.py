@@ -60,6 +60,8 @@ Joining = Annotated[
 ]
 ALONE = Processes()
 
+MOST_DEVICES = 1024  # that memory is counted for: this host stands in for them all
+
 
 def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several: Joining = ALONE) -> int:
     """Runs a configuration file.
@@ -368,6 +370,11 @@ def memory(
     (loaded,) = _configs(config, overrides, None)
     engine = loaded.engine
     needed = (1 if engine.devices == "auto" else engine.devices) * engine.model_devices
+    if needed > MOST_DEVICES:
+        raise ConfigurationError(
+            f"engine.devices × engine.model_devices = {needed} is more than the {MOST_DEVICES} devices that memory is "
+            "counted for: choose fewer."
+        )
     if "jax" not in sys.modules:  # the mesh is made of host devices, whatever this machine has
         # Nothing is run, so the machine code need not be good; which arrays live when is settled before it is made.
         flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")

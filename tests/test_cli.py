@@ -1,5 +1,6 @@
 """The command line: usual slips, one-line errors, and no JAX where none is needed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_seeds_may_be_separated_by_commas_and_followed_by_settings(tmp_path, mon
     assert left.value.code == 0
     assert [one.seed for one in started] == [0, 1]
     assert {one.rounds for one in started} == {2 if "rounds=2" in seeds else 4}
+
+
+@pytest.mark.parametrize(
+    ("change", "number"), [("devices=1000000000", 10**9), ("devices=1025", 1025), ("model_devices=2000", 2000)]
+)
+def test_memory_is_counted_for_a_sane_number_of_devices(tmp_path, capsys, monkeypatch, change, number):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    message = told(capsys, "memory", str(write(tmp_path)), f"engine.{change}")
+    assert f"= {number} is more than the 1024 devices" in message
+    assert "XLA_FLAGS" not in os.environ
 
 
 def test_options_that_all_partitions_have_are_set_on_the_command_line(tmp_path, monkeypatch, capsys):
