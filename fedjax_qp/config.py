@@ -26,6 +26,7 @@ from fedjax_qp.values import (
     Name,
     NotNegative,
     PathName,
+    PlainText,
     Positive,
     Probability,
     Seed,
@@ -123,15 +124,15 @@ class Checkpoints:
 class Wandb:
     """Weights & Biases."""
 
-    project: str = "fedjax_qp"
-    entity: str | None = None  # null = that of the login
+    project: PlainText = "fedjax_qp"
+    entity: PlainText | None = None  # null = that of the login
     mode: Literal["offline", "online"] = "offline"
 
 
 @dataclass(frozen=True)
 class Mlflow:
-    experiment: str = "fedjax_qp"
-    uri: str | None = None  # of the tracking store or server; null = mlflow.db beside the run folders
+    experiment: PlainText = "fedjax_qp"
+    uri: PlainText | None = None  # of the tracking store or server; null = mlflow.db beside the run folders
 
 
 @dataclass(frozen=True)

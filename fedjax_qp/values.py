@@ -2,7 +2,8 @@
 
 Whole numbers have a limit that no honest use meets, so that no array of an absurd size is asked for. Other numbers must be
 finite, and stay so in float32, in which runs compute. YAML's truth values (true, yes, on, …) are not numbers, nor are numbers
-truth values. `checkable` makes these the meaning of plain `int`, `float` and `bool` in the options of registered functions.
+truth values. A text is one line. `checkable` makes these the meaning of plain `int`, `float`, `bool` and `str` in the options
+of registered functions.
 """
 
 import reprlib
@@ -43,12 +44,26 @@ Probability = Annotated[Finite, Field(ge=0, lt=1)]
 Truth = Annotated[bool, Strict()]
 Seed = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, lt=2**31)]
 
-_PLAIN = {int: Whole, float: Finite, bool: Truth}
+
+def _has_control_characters(text: str) -> bool:
+    """Also NUL, ends of lines, and bytes that were no UTF-8 (surrogates)."""
+    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+def _one_line(text: str) -> str:
+    if _has_control_characters(text):
+        raise PydanticCustomError("text", "must be one line of text, without control characters")
+    return text
+
+
+PlainText = Annotated[str, AfterValidator(_one_line)]
+
+_PLAIN = {int: Whole, float: Finite, bool: Truth, str: PlainText}
 
 
 def checkable(annotation: Any) -> Any:
-    """The annotation with plain numbers and truth values replaced by this file's types, at every depth."""
-    if annotation in (int, float, bool):
+    """The annotation with plain numbers, truth values and texts replaced by this file's types, at every depth."""
+    if annotation in (int, float, bool, str):
         return _PLAIN[annotation]
     inner = get_args(annotation)
     if get_origin(annotation) is Annotated:
@@ -74,11 +89,6 @@ def _one_component(name: str) -> str:
     if len(name.encode()) > LONGEST_NAME:
         raise PydanticCustomError("name", "must be at most 200 bytes long")
     return name
-
-
-def _has_control_characters(text: str) -> bool:
-    """Also NUL, ends of lines, and bytes that were no UTF-8 (surrogates)."""
-    return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def _path(path: str) -> str:

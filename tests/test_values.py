@@ -70,6 +70,35 @@ def test_no_option_takes_what_is_no_number(registry: Registry, name, option, ann
         assert all(refused(adapter, value) for value in (0, 1, "yes", "true", 1.0))
 
 
+TEXTS = ("a\0b", "a\nb", "a\tb", "\x1b[31m", "a\u2028b", "\ud800", "\x7f")
+
+
+@pytest.mark.parametrize(("registry", "name", "option", "annotation"), OPTIONS)
+def test_no_option_takes_what_is_no_line_of_text(registry: Registry, name, option, annotation):
+    for value in (bad for one in TEXTS for bad in around(annotation, one)):
+        with pytest.raises(ConfigurationError) as error:
+            registry.checked(name, option, value)
+        assert len(str(error.value)) <= 500 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("cls", "name", "annotation"), SETTINGS, ids=lambda value: getattr(value, "__name__", None))
+def test_no_setting_takes_what_is_no_line_of_text(cls, name, annotation):
+    for value in TEXTS:
+        assert refused(pydantic.TypeAdapter(annotation), value), value
+
+
+def test_texts_of_one_line_are_taken_as_they_are():
+    registry = Registry("thing")
+
+    @registry.register
+    def one(
+        *, text: str = "", texts: tuple[str, ...] | str = "", bounded: Annotated[str, pydantic.Field(min_length=2)]
+    ): ...
+
+    given = {"text": "", "texts": ("Größe 1", "~/a b"), "bounded": "é😀"}
+    assert registry.resolve("one", given) == given
+
+
 def test_plain_types_get_their_meaning_at_every_depth():
     """A registered function may write `float`; so may one of a user's own, outside this package."""
     registry = Registry("thing")
