@@ -17,6 +17,7 @@ from fedjax_qp.registry import ConfigurationError
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBERS_AND_DATES = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
 _OTHER_TYPES = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("binary", "timestamp", "set", "omap", "pairs"))
+_MERGE = object()  # the key <<
 DEEPEST = 50  # levels of nesting; nothing that this package reads comes near it
 
 
@@ -113,19 +114,25 @@ class _StrictLoader(yaml.SafeLoader):
         tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _OTHER_TYPES
     }
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """Checks keys as they stand in the text: later, what is merged in (<<) stands among them, also where others share it.
+
+        Keys that are merged in give way to the mapping's own, by YAML's rules.
+        """
+        node = super().compose_mapping_node(anchor)
         lines: dict[Hashable, int] = {}
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # keys that are merged in (<<) give way to the mapping's own, by YAML's rules
-            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # no key here: it can be no part of a dict
+            key = _MERGE if key_node.tag == "tag:yaml.org,2002:merge" else self.construct_object(key_node)
             line = key_node.start_mark.line + 1
-            if isinstance(key, Hashable) and key in lines:
-                problem = f"the key {key!r} stands twice, in lines {lines[key]} and {line}: keep one of them"
+            if key in lines:
+                remedy = "write <<: [*one, *other]" if key is _MERGE else "keep one of them"
+                name = "<<" if key is _MERGE else repr(key)
+                problem = f"the key {name} stands twice, in lines {lines[key]} and {line}: {remedy}"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            if isinstance(key, Hashable):
-                lines[key] = line
-        return super().construct_mapping(node, deep=deep)
+            lines[key] = line
+        return node
 
 
 _StrictLoader.add_implicit_resolver(

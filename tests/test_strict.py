@@ -17,6 +17,8 @@ from fedjax_qp.strict import load_json, load_yaml, read_text
         ("a: 1\nb: 2\na: 3\n", "'a' stands twice, in lines 1 and 3"),
         ("a: {b: 1, b: 2}", "'b' stands twice, in lines 1 and 1"),
         ("1: x\n1: y", "1 stands twice"),
+        ("1: x\n0x1: y", "1 stands twice"),
+        ("a: &a {x: 1}\nb: &b {y: 1}\nc:\n  <<: *a\n  <<: *b", "<< stands twice, in lines 4 and 5: write <<: [*one"),
         ("a: [1", "line 1 is not valid YAML"),
         ("a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         ("a: !!timestamp 2026-11-27", "could not determine a constructor"),
@@ -38,6 +40,19 @@ def test_yaml_values_and_merges_are_read() -> None:
     text = "base: &base {a: 1, b: 2}\nown: {<<: *base, b: 3}\nlist: [1.5, yes, null, word]"
     found = load_yaml(text, "here")
     assert found == {"base": {"a": 1, "b": 2}, "own": {"a": 1, "b": 3}, "list": [1.5, True, None, "word"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}", {"a": {"x": 1}, "b": {"c": {"x": 2}}, "d": {"x": 2}}),
+        ("a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: [*a, *b], y: 3}", {"a": {"x": 1}, "b": {"y": 2}, "c": {"x": 1, "y": 3}}),
+        ("'<<': 1\na: &a {x: 1}\n<<: *a", {"<<": 1, "a": {"x": 1}, "x": 1}),
+    ],
+)
+def test_what_is_merged_in_is_no_repeated_key(text: str, value: object) -> None:
+    """In the first, the inner mapping is shared and merged before it is made itself."""
+    assert load_yaml(text, "here") == value
 
 
 @pytest.mark.parametrize(
