@@ -74,11 +74,24 @@ class Registry:
         self.kind = kind
         self._functions: dict[str, Callable] = {}
         self._common = {} if common is None else _keyword_only(common)
+        self._adapters: dict[
+            tuple[Callable, str], pydantic.TypeAdapter
+        ] = {}  # making one takes far longer than using it
 
     def register(self, function: Callable) -> Callable:
-        """Decorator: adds `function` under its own name."""
+        """Decorator: adds `function` under its own name.
+
+        Raises:
+          ValueError: the name is taken, or one of its options is one that all entries have.
+        """
         if function.__name__ in self._functions:
             raise ValueError(f"{self.kind} {function.__name__!r} is registered twice")
+        taken = sorted(self._common.keys() & _keyword_only(function).keys())
+        if taken:
+            raise ValueError(
+                f"{self.kind} {function.__name__!r} has the option {taken[0]!r}, which every {self.kind} has already: give "
+                "it another name"
+            )
         self._functions[function.__name__] = function
         return function
 
@@ -128,13 +141,18 @@ class Registry:
         Raises:
           ConfigurationError: the value is not of the type.
         """
-        annotation = self.options(name)[key].annotation
         try:
-            return pydantic.TypeAdapter(checkable(annotation)).validate_python(value)
+            return self._adapter(name, key).validate_python(value)
         except pydantic.ValidationError as error:
             found = dict.fromkeys(reason(item["type"], item["msg"]) for item in error.errors(include_url=False))
             reasons = ", or ".join(list(found)[:MOST_REASONS])
             raise ConfigurationError(f"{self.kind} {name!r}: {key} = {shown(value)} {reasons}.") from None
+
+    def _adapter(self, name: str, key: str) -> pydantic.TypeAdapter:
+        place = (self[name], key)
+        if place not in self._adapters:
+            self._adapters[place] = pydantic.TypeAdapter(checkable(self.options(name)[key].annotation))
+        return self._adapters[place]
 
 
 def _keyword_only(function: Callable) -> dict[str, inspect.Parameter]:

@@ -131,6 +131,28 @@ def test_plain_types_get_their_meaning_at_every_depth():
     assert registry.resolve("one", given) == {**given, "sizes": (1, 2)}
 
 
+def test_an_option_that_all_entries_have_cannot_be_an_entry_s_own():
+    def common(*, test: str = "common") -> None: ...
+    def halves(*, share: float = 0.5, test: float = 0.1) -> None: ...
+
+    with pytest.raises(ValueError, match="thing 'halves' has the option 'test', which every thing has already"):
+        Registry("thing", common).register(halves)
+
+
+def test_what_checks_an_option_is_made_once(monkeypatch):
+    made = []
+    adapter = pydantic.TypeAdapter
+    monkeypatch.setattr(pydantic, "TypeAdapter", lambda kind: made.append(kind) or adapter(kind))
+    registry = Registry("thing")
+
+    @registry.register
+    def one(*, share: float = 0.5, name: str = "") -> None: ...
+
+    for share in (0.1, 0.2, 0.3):
+        assert registry.resolve("one", {"share": share, "name": "x"}) == {"share": share, "name": "x"}
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "value", "read"),
     [(Count, "010", 10), (Count, 10.0, 10), (Whole, -5, -5), (Finite, "1e-3", 0.001), (Positive, 1, 1.0)],
