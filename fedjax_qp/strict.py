@@ -114,7 +114,7 @@ class _StrictLoader(yaml.SafeLoader):
         tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag not in _OTHER_TYPES
     }
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Checks keys as they stand in the text: later, what is merged in (<<) stands among them, also where others share it.
 
         Keys that are merged in give way to the mapping's own, by YAML's rules.
