@@ -2,7 +2,8 @@
 
 All three are functions of the sweep file and, for Optuna, of the results so far: nothing of them has to be saved, and an
 interrupted sweep goes on with the trials that it would have made. Random draws depend on the variant's name and on their
-number alone, so asking for more trials later only adds some.
+number alone, so asking for more trials later only adds some. Fields are drawn in the order of their names, whatever their
+order in the file.
 """
 
 import copy
@@ -107,7 +108,7 @@ def random(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
     for variant in typed_variants(sweep, base):
         seed = (sweep.search_seed, zlib.crc32(variant.name.encode()))
         draws = (
-            {key: _draw(dimension, generator) for key, dimension in variant.space.items()}
+            {key: _draw(dimension, generator) for key, dimension in sorted(variant.space.items())}
             for generator in (np.random.default_rng((*seed, number)) for number in itertools.count())
         )
         points += _different(base, [], (_point(variant, draw) for draw in draws), sweep.trials or 0)
@@ -184,7 +185,8 @@ def _as_resolved(values: Any, key: str, given: Any) -> Any:
 
 
 def _point(variant: Variant, searched: dict[str, Any], drawn: dict[str, Any] | None = None) -> Point:
-    return Point(variant.name, {**variant.settings, **searched}, drawn or {})
+    in_order = {key: searched[key] for key in variant.space}
+    return Point(variant.name, {**variant.settings, **in_order}, drawn or {})
 
 
 def _different(base: dict[str, Any], known: list[Point], points: Iterator[Point], count: int) -> list[Point]:
@@ -229,7 +231,7 @@ def _asked(sweep: Sweep, variant: Variant, told: Sequence[Told]) -> Iterator[Poi
     import optuna
 
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    distributions = {key: _distribution(dimension) for key, dimension in variant.space.items()}
+    distributions = {key: _distribution(dimension) for key, dimension in sorted(variant.space.items())}
     seed = zlib.crc32(f"{sweep.search_seed} {variant.name} {len(told)}".encode())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the liar: what is asked counts as bad

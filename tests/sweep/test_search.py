@@ -1,5 +1,6 @@
 """Random points and Optuna's proposals: within the space, different, and the same every time."""
 
+import dataclasses
 import math
 
 import pytest
@@ -65,6 +66,18 @@ def test_optuna_repeats_itself_stays_inside_and_stops_at_the_number_of_trials(tm
     assert told == play(sweep, near)
     assert len(told) == 11 == len({identity(one.point) for one in told})
     assert all(inside(one.point) for one in told)
+
+
+@pytest.mark.parametrize("method", ["random", "optuna"])
+def test_the_order_of_fields_means_nothing(tmp_path, method):
+    sweep = sweep_of(tmp_path, search=method, trials=14, batch=7, space=MIXED)  # with Optuna, it learns from ten on
+    other = dataclasses.replace(sweep, space=dict(reversed(sweep.space.items())))
+    base = base_values(sweep)
+    if method == "random":
+        assert random(sweep, base) == random(other, base)
+        assert list(random(other, base)[0].settings) == list(other.space)
+    else:
+        assert play(sweep, near) == play(other, near)
 
 
 @pytest.mark.parametrize("direction", ["max", "min"])
