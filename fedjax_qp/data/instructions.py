@@ -175,7 +175,7 @@ def _parse(text: str, name: str) -> Iterator[Record]:
 
 def _values(text: str, name: str) -> Iterator[tuple[int, Any]]:
     """Yields the items of a JSON list, or JSON values one after another, each with the line on which it begins."""
-    blank = re.compile(r"[\s,]*")
+    blank, gap = re.compile(r"\s*"), re.compile(r"\s*(,?)\s*")
 
     def skip(place: int) -> int:
         match = blank.match(text, place)
@@ -196,7 +196,14 @@ def _values(text: str, name: str) -> Iterator[tuple[int, Any]]:
                 f"{name}, line {line}: not valid JSON ({error}). The file must be a JSON list of objects, or JSON lines."
             ) from None
         yield line, value
-        place = skip(place)
+        between = gap.match(text, place)
+        assert between is not None  # it matches nothing as well
+        place = between.end()
+        if in_list and place < len(text) and bool(between[1]) == (text[place] == "]"):
+            raise ConfigurationError(
+                f"{name}: in a list, one comma stands between two records and none at its end; look after the record that "
+                f"begins on line {line}."
+            )
     _require(not in_list or text[place:].strip() == "]", f"{name}: the list ends amiss; is the file whole?")
 
 
