@@ -101,7 +101,13 @@ def build_dataset(
         )
         client_ids = np.unique(client_ids, return_inverse=True)[1] if kind in "US" else client_ids
     half = (0.5,) * shape[-1]
-    notes = (*_notes_on_pixels(examples), *_notes_on_classes(examples, classes))
+    ends = [(int(part.inputs.min()), int(part.inputs.max())) for part in examples]  # a pass over all images
+    for name, pixels in zip(("train", "test"), ends, strict=True):
+        _require(
+            pixels != (0, 1),
+            f"{name} images have the pixels 0 and 1 only; they must be bytes, 0 … 255: multiply them by 255.",
+        )
+    notes = (*_notes_on_pixels(ends), *_notes_on_classes(examples, classes))
     return Dataset(
         *examples, classes=classes, class_names=names, client_ids=client_ids, mean=half, std=half, notes=notes
     )
@@ -130,6 +136,10 @@ def check_dataset(dataset: Dataset) -> None:
         dataset.client_ids is None or ids.shape == expected,
         f"the data source returned client_ids {ids.shape}; their shape must be {expected}, that of the training labels.",
     )
+    _require(
+        dataset.client_ids is None or ids.dtype.kind in "iuUS",
+        f"the data source returned client_ids {ids.dtype}; they must be integers or strings.",
+    )
 
 
 def _check_codes(name: str, codes: np.ndarray, classes: int) -> None:
@@ -156,17 +166,12 @@ def _checked(name: str, inputs: np.ndarray, labels: np.ndarray) -> Examples:
             0 <= label < MOST_CLASSES,
             f"{name} has the label {label}; labels count from 0 (-1 is unlabelled data) and are below {MOST_CLASSES}.",
         )
-    _require(
-        (inputs.min(), inputs.max()) != (0, 1),
-        f"{name} images have the pixels 0 and 1 only; they must be bytes, 0 … 255: multiply them by 255.",
-    )
     inputs = inputs if inputs.ndim == 4 else inputs[..., None]
     return Examples(np.ascontiguousarray(inputs), labels.astype(np.int32))
 
 
-def _notes_on_pixels(parts: list[Examples]) -> Iterator[str]:
-    for name, part in zip(("training", "test"), parts, strict=True):
-        least, largest = int(part.inputs.min()), int(part.inputs.max())
+def _notes_on_pixels(ends: list[tuple[int, int]]) -> Iterator[str]:
+    for name, (least, largest) in zip(("training", "test"), ends, strict=True):
         if least == largest:
             yield f"every pixel of the {name} images is {least}: there is nothing to tell them apart by"
         elif largest < DARK:

@@ -323,6 +323,7 @@ def test_what_fits_is_accepted():
         labelled(IMAGES, [0, 1, 2, 0]),
         labelled(ROWS, [0, 1, 2, 0]),
         labelled(TEXT, [0, 1, 2, 0], mean=None, std=None, client_ids=np.arange(4)),
+        labelled(IMAGES, [0, 1, 2, 0], client_ids=["a", "b", "a", "c"]),
     ):
         check_dataset(dataset)
 
@@ -340,6 +341,18 @@ def test_what_fits_is_accepted():
         (labelled(ROWS * np.nan, [0, 1, 2, 0]), "train inputs that are NaN or infinite"),
         (labelled(TEXT + 1, [0, 1, 2, 0], mean=None, std=None), "train inputs from 1 to 3; with 3 classes"),
         (labelled(IMAGES, [0, 1, 2, 0], client_ids=np.arange(5)), r"client_ids \(5,\); their shape must be \(4,\)"),
+        (
+            labelled(IMAGES, [0, 1, 2, 0], client_ids=np.arange(4) / 2),
+            "client_ids float64; they must be integers or strings",
+        ),
+        (
+            labelled(IMAGES, [0, 1, 2, 0], client_ids=[True, False] * 2),
+            "client_ids bool; they must be integers or strings",
+        ),
+        (
+            labelled(IMAGES, [0, 1, 2, 0], client_ids=[0, 1, None, 2]),
+            "client_ids object; they must be integers or strings",
+        ),
     ],
 )
 def test_a_source_of_ones_own_is_checked(dataset, message):
