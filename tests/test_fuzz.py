@@ -8,14 +8,15 @@ import pytest
 from test_config import SMALL
 
 from fedjax_qp import catalogue, config
-from fedjax_qp.experiment import check, resolve
+from fedjax_qp.experiment import check, registries, resolve
 from fedjax_qp.registry import ConfigurationError
 
 HOSTILE: tuple[Any, ...] = (
     *(math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**30, 1e300, 10**5000, True, None),
     *("", "ten", "x" * 10**5, "Größe\n\0\ud800", [], [[]], {}, {"a": {"b": [1]}}, [math.nan], [-(10**30)]),
 )
-SETTINGS = [name for name in config.every_name() if name not in config.PARTS and name not in config.groups()]
+TRACKED = config.to_dict(config.from_dict({**SMALL, "tracking": {"wandb": {}, "mlflow": {}}}))
+SETTINGS = [*config.flat(TRACKED), *config.groups(), "tracking.wandb", "tracking.mlflow"]
 OPTIONS = [
     (catalogue.KINDS[entry.registry].part, entry.name, option)
     for entry in catalogue.entries()
@@ -68,6 +69,12 @@ def test_options(part, name, option):
         assert resolved is None or same(found_in(resolved, f"{part}.{option}"), value), value
 
 
-def test_the_table_has_every_setting():
-    own = {field.name for field in dataclasses.fields(config.Config)} - set(config.PARTS) - config.groups().keys()
-    assert own <= set(SETTINGS)
+def test_the_tables_have_every_setting_and_option():
+    own = {name for name in config.every_name() if name.partition(".")[0] not in config.PARTS}
+    own |= {f"tracking.wandb.{field.name}" for field in dataclasses.fields(config.Wandb)}
+    own |= {f"tracking.mlflow.{field.name}" for field in dataclasses.fields(config.Mlflow)}
+    assert own == {name for name in SETTINGS if name.partition(".")[0] not in config.PARTS}
+    registered = {
+        (name, option) for registry in registries() for name in registry.names() for option in registry.options(name)
+    }
+    assert {(name, option) for _, name, option in OPTIONS} == registered
