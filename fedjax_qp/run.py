@@ -162,9 +162,9 @@ def check_provenance(made_of: Provenance, folder: Path, console: Console) -> Non
 
 def newest_state(experiment: Experiment, folder: Path, console: Console) -> FederatedState:
     """The state that a run goes on from; what has to be computed again is said."""
-    like, config = first_state(experiment), experiment.config
-    with Checkpoints(folder / "checkpoints", keep=config.checkpoints.keep) as checkpoints:
-        covered = restorable(folder, checkpoints, config)
+    like = first_state(experiment)
+    with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
+        covered = restorable(folder, checkpoints)
         state = checkpoints.restore(like, covered)
         back = bool(covered) and covered[0] != checkpoints.rounds()[-1]
         processes.meet("the checkpoint is read")

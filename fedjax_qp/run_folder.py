@@ -73,7 +73,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         yield
 
 
-def restorable(folder: Path, checkpoints: Checkpoints, config: Config) -> list[int]:
+def restorable(folder: Path, checkpoints: Checkpoints) -> list[int]:
     """The rounds of a run's checkpoints that it can go on from, the newest first; none where it begins with round 1.
 
     Records are on the disk before a checkpoint is saved, so those of every checkpoint's rounds must be there.
@@ -92,10 +92,11 @@ def restorable(folder: Path, checkpoints: Checkpoints, config: Config) -> list[i
             f"{folder / records.FILE} is not complete ({lost}): restore the file from a backup, or delete {folder} to "
             "compute every round again."
         )
-    # The first checkpoint may still be under way when the second is due, and no later.
-    unsaved = 2 * config.checkpoints.every_chunks * config.engine.rounds_per_chunk
-    saved = (read_mark(folder / ENDED) or {}).get("reason") not in (None, "diverged")
-    if not stored and lines and (saved or lines[-1]["round"] > unsaved):
+    # The first checkpoint may still be under way when the second is due, and no later; the last one comes after the mark of
+    # the run's end, which therefore says nothing of it. What counts are the settings that the records were made with.
+    made_with = configuration.load(folder / "config.yaml")
+    unsaved = 2 * made_with.checkpoints.every_chunks * made_with.engine.rounds_per_chunk
+    if not stored and lines and lines[-1]["round"] > unsaved:
         raise ConfigurationError(
             f"{folder} has records of {lines[-1]['round']} rounds, but no checkpoint: restore {folder / 'checkpoints'} "
             "from a backup, or delete the run's folder to compute every round again."

@@ -220,10 +220,7 @@ def _common_states(experiments: Sequence[Experiment], ended: Sequence[bool]) -> 
             for e in experiments
         ]
         running = [place for place, over in enumerate(ended) if not over]
-        sound = {
-            place: restorable(experiments[place].config.run_folder, stores[place], experiments[place].config)
-            for place in running
-        }
+        sound = {place: restorable(experiments[place].config.run_folder, stores[place]) for place in running}
         likes = [first_state(experiment) for experiment in experiments]
         # Before the first save of the last of them: all begin anew, as long as no more is lost than that.
         begin = any(not rounds for rounds in sound.values()) and all(

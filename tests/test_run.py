@@ -123,14 +123,34 @@ def test_records_that_do_not_reach_the_checkpoint_are_restored_or_refused(finish
 
 def test_recorded_rounds_are_not_thrown_away_without_a_word(finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    resume(folder, ["rounds=6"], quiet())
     shutil.rmtree(folder / "checkpoints")
-    with pytest.raises(ConfigurationError, match="has records of 4 rounds, but no checkpoint: restore"):
+    with pytest.raises(ConfigurationError, match="has records of 6 rounds, but no checkpoint: restore"):
         resume(folder, [], quiet())
-    (folder / "ended.json").unlink()  # killed before its first checkpoint was whole
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_kill_in_the_first_save_costs_its_rounds_alone(finished, tmp_path, ended):
+    """The first save may be the last one too; the mark of the end is written before it."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    for partial in (folder / "checkpoints").iterdir():
+        partial.rename(partial.with_name(f"{partial.name}.partial"))
+    if not ended:
+        (folder / "ended.json").unlink()
     output = Console(file=io.StringIO(), width=300)
     resume(folder, [], output)
     assert "starting from round 1; the 4 recorded rounds are computed again" in output.file.getvalue()
     assert_bitwise(final_state(folder), final_state(finished))
+
+
+def test_records_are_judged_by_the_settings_that_they_were_made_with(finished, tmp_path):
+    """Eight rounds without a checkpoint are few where one is due every four."""
+    folder = Path(shutil.copytree(finished, tmp_path / "copy"))
+    resume(folder, ["rounds=8", "checkpoints.every_chunks=2"], quiet())
+    shutil.rmtree(folder / "checkpoints")
+    output = Console(file=io.StringIO(), width=300)
+    resume(folder, ["checkpoints.every_chunks=1"], output)
+    assert "starting from round 1; the 8 recorded rounds are computed again" in output.file.getvalue()
 
 
 @pytest.mark.parametrize(
