@@ -89,13 +89,29 @@ def _watched() -> Iterator[None]:
 def _watch(reading: int) -> None:
     while numbers := os.read(reading, 1):
         with contextlib.suppress(ValueError):  # a number without a name
-            name = signal.Signals(numbers[0]).name
-            if signal.Signals[name] not in _SIGNALS:
-                continue
-            if _takers:
-                _takers[-1](name)
-            else:
-                leave(f"{name}: left; nothing is lost, give the same command again")
+            number = signal.Signals(numbers[0])
+            if number in _SIGNALS:
+                _deliver(number.name)
+
+
+def _deliver(name: str) -> None:
+    """Never raises: without the thread that calls it no signal would end the process but SIGKILL."""
+    try:
+        last = _takers[-1:]  # the main thread may remove it at any moment
+        if last:
+            last[0](name)
+        else:
+            leave(f"{name}: left; nothing is lost, give the same command again")
+    except Exception as error:
+        leave(f"{name}: left at once ({error})")
+
+
+def take_back() -> None:
+    """Puts Python's handlers in their place again after a library has put its own there behind Python's back."""
+    with contextlib.suppress(ValueError):  # not the main thread
+        for number in _SIGNALS:
+            if (handler := signal.getsignal(number)) is not None:  # None is nobody's that Python knows
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -148,7 +164,8 @@ class OutlivingStream:
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
         if self._lost:
-            yield
+            with contextlib.suppress(OSError, ValueError):
+                yield
             return
         try:
             yield
@@ -160,7 +177,7 @@ class OutlivingStream:
 
     def _to_nowhere(self) -> None:
         """What the stream still holds would fail again when Python ends."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream of another kind has no number
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

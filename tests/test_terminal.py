@@ -123,6 +123,23 @@ def test_listeners_get_signals_and_give_them_back():
     assert names == ["SIGTERM"] * 2 and signal.getsignal(signal.SIGTERM) is before and not terminal._guarded
 
 
+def test_a_listener_that_fails_ends_the_process():
+    """Its thread must not die alone, after which no signal would be heard."""
+    script = """
+import os, signal, time
+from fedjax_qp.terminal import guarded, listening
+
+def fail(name):
+    raise RuntimeError("no console")
+
+with guarded(), listening(fail):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (130, "SIGTERM: left at once (no console)\n")
+
+
 def test_outside_of_a_command_leaving_is_an_interrupt():
     with pytest.raises(KeyboardInterrupt, match="enough"):
         terminal.leave("enough")
