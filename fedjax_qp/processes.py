@@ -14,6 +14,7 @@ from rich.console import Console
 
 from fedjax_qp.devices import share_out_cores
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.terminal import take_back
 
 
 def join(
@@ -57,6 +58,8 @@ def join(
         raise ConfigurationError(
             f"JAX finds no cluster here ({error}): give --coordinator, --processes and --process."
         ) from None
+    finally:
+        take_back()  # JAX's notice of preemption takes SIGTERM for itself; a run ends in order by its own means
 
 
 def count() -> int:

@@ -65,6 +65,25 @@ def test_two_processes_equal_one(tmp_path):
     assert_same(config.load(file).run_folder, whole, 4)
 
 
+def test_a_process_among_several_hears_its_signals():
+    """JAX's notice of preemption would swallow SIGTERM, by which a cluster asks a run to end."""
+    script = """
+import os, signal, socket, time
+from fedjax_qp import processes
+from fedjax_qp.terminal import guarded
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+with guarded():
+    processes.join(coordinator=f"127.0.0.1:{port}", processes=1, process=0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 130 and "SIGTERM: left; nothing is lost" in ended.stderr
+
+
 @pytest.mark.slow
 def test_two_processes_survive_a_kill(tmp_path):
     """Two of four devices each."""
