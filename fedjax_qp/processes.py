@@ -5,7 +5,9 @@ those of all). The first process writes the run's folder and talks; the folder m
 resume. Whatever may differ between processes and steers the run (a clock, a signal) is decided in common.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -90,6 +92,24 @@ def of_first(value: float) -> float:
 def any_of(flag: bool) -> bool:
     """Whether any process says so, in all processes."""
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+@contextlib.contextmanager
+def in_common() -> Iterator[None]:
+    """What fails here in one process fails in all, so that none waits for one that is gone; all leave together.
+
+    Blocks within each other would be counted wrongly, as would anything inside in which the processes meet.
+
+    Raises:
+      ConfigurationError: it failed in another process.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if any_of(failure is not None):
+        raise failure or ConfigurationError("another process of this run could not go on; it says why.")
 
 
 def _given(option: int | None, variable: str) -> int | None:

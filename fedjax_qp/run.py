@@ -59,22 +59,25 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     console, startup = console or processes.console(), Startup()
     config = resolve(config)  # what is misspelt comes before what is in the way
     folder = config.run_folder
-    _refuse_held(folder, config)
-    check_trackers(config)
-    processes.meet("the folder is new")
-    with console.status("reading the data"):
+    with processes.in_common():
+        _refuse_held(folder, config)
+        check_trackers(config)
+    with processes.in_common(), console.status("reading the data"):
         experiment = build(config)
         (made_of,) = provenance([experiment])
+        make_folder(folder)
     startup.done("data")
-    make_folder(folder)
     with lock_run(folder):
-        if processes.first():  # while the data were read, another process may have come first
-            _refuse_held(folder, config)
+        with processes.in_common():
+            if processes.first():  # while the data were read, another process may have come first
+                _refuse_held(folder, config)
         experiment = _with_measured_lanes(experiment, folder, console, startup)
         print_table(summary(experiment.task.counts), console=console)
         for note in experiment.task.notes:
             console.print(note)
-        begin_folder(experiment, made_of)
+        with processes.in_common():
+            if processes.first():
+                begin_folder(experiment, made_of)
         return _alone(experiment, folder, first_state(experiment), console, startup)
 
 
@@ -99,8 +102,9 @@ def _with_measured_lanes(experiment: Experiment, folder: Path, console: Console,
     with console.status("measuring lanes"):
         choice = choose_layout([experiment])
     console.print(str(choice))
-    if processes.first():
-        choice.write(folder)
+    with processes.in_common():
+        if processes.first():
+            choice.write(folder)
     startup.done("lanes")
     return with_layout(experiment, choice.lanes, choice.devices)
 
@@ -118,17 +122,17 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
     console, startup = console or processes.console(), Startup()
     file = _config_file(folder, "start one with `fedjax-qp run CONFIG`")
     with lock_run(folder):
-        config = configuration.load(file, overrides)
-        changed = configuration.differences(
-            configuration.to_dict(configuration.load(file)), configuration.to_dict(config)
-        )
-        _check_changes(changed)
-        _check_rounds(config, folder)
-        check_trackers(config)
-        with console.status("reading the data"):
+        with processes.in_common():
+            config = configuration.load(file, overrides)
+            before = configuration.to_dict(configuration.load(file))
+            changed = configuration.differences(before, configuration.to_dict(config))
+            _check_changes(changed)
+            _check_rounds(config, folder)
+            check_trackers(config)
+        with processes.in_common(), console.status("reading the data"):
             experiment = build(config)
             (made_of,) = provenance([experiment])
-        check_provenance(made_of, folder, console)
+            check_provenance(made_of, folder, console)
         startup.done("data")
         if changed:
             console.print("resuming with a changed configuration: " + "; ".join(changed), markup=False)
@@ -138,8 +142,9 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
             )
         settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
         state = newest_state(settled, folder, console)
-        if processes.first() and (changed or settled is not experiment):
-            configuration.save(settled.config, file)
+        with processes.in_common():
+            if processes.first() and (changed or settled is not experiment):
+                configuration.save(settled.config, file)
         return _alone(settled, folder, state, console, startup)
 
 
@@ -164,12 +169,13 @@ def newest_state(experiment: Experiment, folder: Path, console: Console) -> Fede
     """The state that a run goes on from; what has to be computed again is said."""
     like = first_state(experiment)
     with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
-        covered = restorable(folder, checkpoints)
-        state = checkpoints.restore(like, covered)
-        back = bool(covered) and covered[0] != checkpoints.rounds()[-1]
-        processes.meet("the checkpoint is read")
-        if back and processes.first():
-            checkpoints.discard_after(int(covered[0]))
+        with processes.in_common():
+            covered = restorable(folder, checkpoints)
+            state = checkpoints.restore(like, covered)
+            back = bool(covered) and covered[0] != checkpoints.rounds()[-1]
+        with processes.in_common():
+            if back and processes.first():
+                checkpoints.discard_after(int(covered[0]))
     if state is None:
         recorded = len(records.read(folder)) if (folder / records.FILE).exists() else 0
         again = f"; the {recorded} recorded rounds are computed again" if recorded else ""
@@ -270,10 +276,11 @@ def continue_runs(
         for chunks in everybody:
             asked = "interrupted" if processes.any_of(interrupted()) else None
             present = {run: chunk for run, chunk in enumerate(chunks) if chunk is not None}
-            for run, chunk in present.items():  # all records first: whether one stops may depend on those of another
-                opened[run].write(chunk)
-            for run in present:  # nobody saves this chunk before all have saved the last
-                opened[run].settle()
+            with processes.in_common():
+                for run, chunk in present.items():  # all records first: whether one stops may depend on another's
+                    opened[run].write(chunk)
+                for run in present:  # nobody saves this chunk before all have saved the last
+                    opened[run].settle()
             for run, chunk in present.items():
                 if opened[run].ends(chunk, partial(stop, run), asked):
                     stopped.add(run)
@@ -291,10 +298,9 @@ def _started(startup: Startup, folders: Sequence[Path], console: Console, bar: "
     startup.done("program")
     bar.describe("first rounds")
     console.print(str(startup))
-    if not processes.first():
-        return
-    for folder in folders:
-        startup.write(folder)
+    with processes.in_common():
+        for folder in folders if processes.first() else ():
+            startup.write(folder)
 
 
 def _warn_of_drift(console: Console, opened: Sequence[OpenRun]) -> None:

@@ -48,9 +48,7 @@ def make_folder(folder: Path) -> None:
 
 
 def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
-    """Writes what is known before the first round."""
-    if not processes.first():
-        return
+    """Writes what is known before the first round; for the first process."""
     folder, task = experiment.config.run_folder, experiment.task
     with writing(folder / "partition.png"):
         plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
@@ -67,9 +65,10 @@ def lock_run(folder: Path) -> Iterator[None]:
       ConfigurationError: another process continues the run.
     """
     with contextlib.ExitStack() as held:
-        if processes.first():
-            held.enter_context(lock_folder(folder, "run.lock", "continues the run"))
-            remove_partial(folder)
+        with processes.in_common():
+            if processes.first():
+                held.enter_context(lock_folder(folder, "run.lock", "continues the run"))
+                remove_partial(folder)
         yield
 
 
@@ -129,17 +128,18 @@ class OpenRun:
         """
         self.config, self.folder, self.done = config, folder, done
         self._writes = processes.first()
-        self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
-        processes.meet("the records are read")  # before the first process cuts them off
-        self._recorder = Recorder(self.folder, resume_round=done or None) if self._writes else None
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=max(least, config.checkpoints.keep))
+        with processes.in_common():  # before the first process cuts the records off
+            self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
         finished = "finished" if done >= config.rounds else None
         self.reason = stop_reason(self.history, self.config.evaluation) or finished  # an ended run stays ended
-        if self.reason is not None:
-            self._mark_end()
-        elif self._writes:
-            for mark in (FAILURE, ENDED):
-                (self.folder / mark).unlink(missing_ok=True)
+        with processes.in_common():
+            self._recorder = Recorder(self.folder, resume_round=done or None) if self._writes else None
+            self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=max(least, config.checkpoints.keep))
+            if self.reason is not None:
+                self._mark_end()
+            elif self._writes:
+                for mark in (FAILURE, ENDED):
+                    (self.folder / mark).unlink(missing_ok=True)
         self.error: NonFiniteLoss | None = None
         self.warned = False
         self._trackers = Trackers(config, folder, self.history, report) if self._writes else None
@@ -186,7 +186,9 @@ class OpenRun:
             self.reason = "finished" if self.done == self.config.rounds else asked or stop(self.history)
         # The mark comes first and counts for nothing without its checkpoint: so after a kill a run either has ended, with all
         # that it leaves, or computes its last chunk again.
-        self._mark_end()
+        if self.reason is not None:
+            with processes.in_common():
+                self._mark_end()
         number = -(-self.done // self.config.engine.rounds_per_chunk)  # of the chunk, wherever this process began
         if self.reason or number % self.config.checkpoints.every_chunks == 0:
             self._checkpoints.save(chunk.state, accuracy=chunk.records[-1].get("test_accuracy"))

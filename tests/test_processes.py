@@ -13,6 +13,7 @@ from test_run import final_state, quiet, wait_for_rounds
 
 from fedjax_qp import config, processes, records
 from fedjax_qp.experiment import build
+from fedjax_qp.locks import lock_folder
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import run
 
@@ -127,6 +128,31 @@ def test_several_processes_use_all_their_devices(tmp_path, monkeypatch, settings
     monkeypatch.setattr(experiment.jax, "process_count", lambda: 2)
     with pytest.raises(ConfigurationError, match=message):
         build(config.load(write(tmp_path), settings))
+
+
+def test_what_fails_in_one_process_fails_in_all(monkeypatch):
+    with pytest.raises(OSError, match="full"), processes.in_common():
+        raise OSError("full")
+    with processes.in_common():
+        pass
+    monkeypatch.setattr(processes, "any_of", lambda flag: True)
+    with pytest.raises(ConfigurationError, match="another process of this run could not go on"), processes.in_common():
+        pass
+    with pytest.raises(OSError, match="full"), processes.in_common():
+        raise OSError("full")
+
+
+@pytest.mark.slow
+def test_two_processes_leave_a_run_alone_that_another_continues(tmp_path):
+    """Only the first one takes the lock, and the other one must not wait for it."""
+    file = write(tmp_path, algorithm="fedavg")
+    finish(start_two(4, ["run", str(file), *settings(4, 2)]))
+    folder = config.load(file).run_folder
+    with lock_folder(folder, "run.lock", "continues"):
+        started = start_two(4, ["resume", str(folder), "rounds=4"])
+        outputs = [process.communicate(timeout=100)[0] for process in started]
+    assert [process.returncode for process in started] == [2, 2], outputs
+    assert "another process continues the run" in outputs[0] and "it says why" in outputs[1]
 
 
 def test_a_process_alone_agrees_with_itself():
