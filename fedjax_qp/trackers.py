@@ -6,7 +6,7 @@ reported once and left out, while the run goes on; what it missed is sent when t
 same tracked run. Rounds that are computed again after a kill are the same bits and are not sent twice.
 
 A server that does not answer costs seconds, once: it is asked before anything is sent, requests have short time-outs and one
-retry, and a tracker that failed is not asked again. Where that is too little, the libraries' own variables say how much
+retry, and a tracker that failed is not asked again, by the process's other runs not for a minute. Where that is too little, the libraries' own variables say how much
 (MLFLOW_HTTP_REQUEST_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES, WANDB_INIT_TIMEOUT, …).
 
 With the defaults nothing leaves the machine: W&B writes offline files (`wandb sync RUN/wandb/offline-run-*` uploads them),
@@ -49,6 +49,9 @@ _MLFLOW_PATIENCE = {
 }
 _ANSWER_SECONDS = 2.0  # for a server to take a connection
 _WANDB_SECONDS = 10.0  # for its server to take a run; W&B waits for 90
+_SLOW_SECONDS = 1.0  # a failure that takes longer is one to spare the other runs of the process
+_SPARED_SECONDS = 60.0
+_spared_until: dict[tuple[str, str], float] = {}  # by tracker and destination
 _STATUS = {None: "FAILED", "diverged": "FAILED", "interrupted": "KILLED"}  # all other reasons: FINISHED
 
 
@@ -100,10 +103,15 @@ class Trackers:
         self._open: dict[str, Tracker] = {}
         self._known = _read(self._file)
         self._rounds: dict[str, int] = {}
+        self._to: dict[str, str] = {}  # destinations
+        if config.tracking.wandb:
+            self._to["wandb"] = _wandb_destination(config)
+        if config.tracking.mlflow:
+            self._to["mlflow"] = mlflow_uri(config, folder)
         openers: dict[str, Callable[[], tuple[Tracker, int]]] = {
             "tensorboard": lambda: self._tensorboard(folder, history[-1]["round"] if history else 0),
-            "wandb": lambda: self._continued("wandb", _wandb_destination(config), config, folder, WandbTracker),
-            "mlflow": lambda: self._continued("mlflow", mlflow_uri(config, folder), config, folder, MlflowTracker),
+            "wandb": lambda: self._continued("wandb", config, folder, WandbTracker),
+            "mlflow": lambda: self._continued("mlflow", config, folder, MlflowTracker),
         }
         for name, opener in openers.items():
             if getattr(config.tracking, name):
@@ -140,9 +148,9 @@ class Trackers:
         self._remember("tensorboard", known._replace(rounds=held))
         return TensorBoardTracker(folder, held), held
 
-    def _continued(self, name: str, to: str, config: Config, folder: Path, opener: Callable) -> tuple[Tracker, int]:
+    def _continued(self, name: str, config: Config, folder: Path, opener: Callable) -> tuple[Tracker, int]:
         """Opens a tracker with the id that it had, if it had one there."""
-        known = self._known.get(name)
+        known, to = self._known.get(name), self._to[name]
         known = known if known is not None and known.to == to else None
         tracker = opener(config, Path(folder), known.id if known else None)
         self._remember(name, known or Continued(tracker.id, to))
@@ -153,10 +161,15 @@ class Trackers:
         write_json(self._file, {key: value._asdict() for key, value in self._known.items()})
 
     def _attempt(self, name: str, action: Callable[[], Any]) -> None:
+        began, there = time.monotonic(), (name, self._to.get(name, ""))
         try:
+            if began < _spared_until.get(there, began):
+                raise ConnectionError("it has just failed slowly for another run")
             action()
         except Exception as error:  # whatever a tracker's library raises, the run is worth more
             self._open.pop(name, None)
+            if (now := time.monotonic()) - began > _SLOW_SECONDS:
+                _spared_until[there] = now + _SPARED_SECONDS
             self._report(
                 f"tracking.{name} failed and is left out from here on ({type(error).__name__}: {error}). The run goes on and "
                 f"its records are complete; `fedjax-qp resume {self._file.parent}` sends {name} what it misses."

@@ -263,7 +263,7 @@ def test_a_server_that_does_not_answer_costs_seconds_once(unanswered, name, most
 
 
 def test_a_resumed_mlflow_run_shows_what_changed(unanswered):
-    with sqlite3.connect(unanswered[0].parent / "mlflow.db") as database:
+    with closing(sqlite3.connect(unanswered[0].parent / "mlflow.db")) as database:
         assert database.execute("SELECT COUNT(*) FROM runs").fetchall() == [(1,)]
         tags = dict(database.execute("SELECT key, value FROM tags").fetchall())
         params = dict(database.execute("SELECT key, value FROM params").fetchall())
@@ -336,6 +336,27 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path, made, monke
     opened.close("finished")
     assert len(said) == 1 and "OSError: no login" in said[0]
     assert json.loads((tmp_path / trackers.FILE).read_text()).keys() == {"tensorboard"}
+
+
+def test_a_slow_failure_is_paid_for_once_by_all_runs_of_a_process(tmp_path, monkeypatch):
+    asked, clock = [], [0.0]
+
+    def wait_in_vain(*_):
+        asked.append(clock[0])
+        clock[0] += 10
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(trackers, "WandbTracker", wait_in_vain)
+    monkeypatch.setattr(trackers, "_spared_until", {})
+    monkeypatch.setattr(trackers.time, "monotonic", lambda: clock[0])
+    loaded, elsewhere = (
+        config.load(write(tmp_path), ["tracking.tensorboard=false", f"tracking.wandb.project={name}"]) for name in "ab"
+    )
+    for where, later, number in ((loaded, 0, 1), (loaded, 0, 1), (elsewhere, 0, 2), (loaded, 80, 3)):
+        clock[0] += later
+        said = []
+        Trackers(where, tmp_path, [], said.append)
+        assert len(asked) == number and len(said) == 1 and "tracking.wandb failed and is left out" in said[0]
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
