@@ -18,8 +18,11 @@ from fedjax_qp.strict import load_json
 _PARTIAL = ".partial"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> None:
     """Writes or replaces a file; it is on the disk when this returns.
+
+    Args:
+      durable: false spares the wait for the disk: after a power cut the file may be the old one, or damaged.
 
     Raises:
       ConfigurationError: the disk is full, or the folder cannot be written.
@@ -30,19 +33,21 @@ def write_whole(path: Path, content: str | bytes) -> None:
         try:
             with partial.open("wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(partial, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """As `write_whole`, of a plain value."""
-    write_whole(path, json.dumps(value, indent=2) + "\n")
+    write_whole(path, json.dumps(value, indent=2) + "\n", durable=durable)
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:

@@ -6,8 +6,8 @@ reported once and left out, while the run goes on; what it missed is sent when t
 same tracked run. Rounds that are computed again after a kill are the same bits and are not sent twice.
 
 A server that does not answer costs seconds, once: it is asked before anything is sent, requests have short time-outs and one
-retry, and a tracker that failed is not asked again, by the process's other runs not for a minute. Where that is too little, the libraries' own variables say how much
-(MLFLOW_HTTP_REQUEST_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES, WANDB_INIT_TIMEOUT, …).
+retry, and a tracker that failed is not asked again, nor for a minute by the process's other runs. Where that is too little,
+the libraries' variables say how much (MLFLOW_HTTP_REQUEST_TIMEOUT, MLFLOW_HTTP_REQUEST_MAX_RETRIES, WANDB_INIT_TIMEOUT …).
 
 With the defaults nothing leaves the machine: W&B writes offline files (`wandb sync RUN/wandb/offline-run-*` uploads them),
 MLflow a SQLite database beside the run folders (`mlflow ui --backend-store-uri sqlite:///runs/mlflow.db` shows it). The
@@ -139,7 +139,7 @@ class Trackers:
         tracker.log(missing)
         self._rounds[name] = missing[-1]["round"]
         if name in self._known:
-            self._remember(name, self._known[name]._replace(rounds=self._rounds[name]))
+            self._remember(name, self._known[name]._replace(rounds=self._rounds[name]), durable=False)
 
     def _tensorboard(self, folder: Path, done: int) -> tuple[Tracker, int]:
         """A writer that purges the rounds after the last one `done`; it gets what it missed of those before."""
@@ -156,9 +156,10 @@ class Trackers:
         self._remember(name, known or Continued(tracker.id, to))
         return tracker, self._known[name].rounds
 
-    def _remember(self, name: str, continued: Continued) -> None:
+    def _remember(self, name: str, continued: Continued, *, durable: bool = True) -> None:
+        """A tracker's id is kept at once; its rounds with the next wait for the disk, which the records have had already."""
         self._known[name] = continued
-        write_json(self._file, {key: value._asdict() for key, value in self._known.items()})
+        write_json(self._file, {key: value._asdict() for key, value in self._known.items()}, durable=durable)
 
     def _attempt(self, name: str, action: Callable[[], Any]) -> None:
         began, there = time.monotonic(), (name, self._to.get(name, ""))

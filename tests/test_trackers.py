@@ -359,6 +359,17 @@ def test_a_slow_failure_is_paid_for_once_by_all_runs_of_a_process(tmp_path, monk
         assert len(asked) == number and len(said) == 1 and "tracking.wandb failed and is left out" in said[0]
 
 
+def test_only_what_names_a_tracked_run_waits_for_the_disk(tmp_path, made, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    loaded = config.load(write(tmp_path), ["tracking.wandb={}", "tracking.tensorboard=false"])
+    opened = Trackers(loaded, tmp_path, [], fails)
+    before = len(synced)
+    opened.write(made_records(1, 2))
+    assert before > 0 and len(synced) == before
+    assert json.loads((tmp_path / trackers.FILE).read_text())["wandb"]["rounds"] == 2
+
+
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
