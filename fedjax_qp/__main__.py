@@ -1,8 +1,15 @@
-"""`python -m fedjax_qp` is `fedjax-qp`."""
+"""`python -m fedjax_qp` is `fedjax-qp`: both are guarded before anything else is imported."""
 
 from fedjax_qp.terminal import guarded
 
-with guarded():
-    from fedjax_qp.cli import main
 
+def main() -> None:
+    """Runs the command line."""
+    with guarded():
+        from fedjax_qp.cli import main as command
+
+        command()
+
+
+if __name__ == "__main__":
     main()

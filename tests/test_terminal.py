@@ -6,10 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
-from test_config import write
+from test_config import REPOSITORY, write
 
 from fedjax_qp import config, records, terminal
 from fedjax_qp.terminal import OutlivingStream, guarded, listening
@@ -138,6 +139,16 @@ with guarded(), listening(fail):
 """
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
     assert (ended.returncode, ended.stderr) == (130, "SIGTERM: left at once (no console)\n")
+
+
+def test_the_installed_command_is_guarded_while_it_imports():
+    entry = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]["fedjax-qp"]
+    module, _, function = entry.partition(":")
+    script = f"import sys; from {module} import {function} as main; print(*sys.modules); sys.argv[1:] = ['--version']; main()"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    loaded, version = ended.stdout.splitlines()
+    assert ended.returncode == 0 and version.startswith("fedjax-qp ")
+    assert not {"fedjax_qp.cli", "tyro", "rich", "numpy", "jax"} & set(loaded.split())
 
 
 def test_outside_of_a_command_leaving_is_an_interrupt():
