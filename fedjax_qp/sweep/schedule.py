@@ -49,9 +49,11 @@ class Setup(WorkerPlugin):
         self._environments = environments
 
     def setup(self, worker: Worker) -> None:
-        """Ctrl-C reaches all processes of a terminal; only the sweep is to act on it."""
+        """Ctrl-C reaches all processes of a terminal, and so does its end; only the sweep is to act on them."""
         with contextlib.suppress(ValueError):  # not the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            for name in ("SIGINT", "SIGHUP"):
+                if hasattr(signal, name):
+                    signal.signal(getattr(signal, name), signal.SIG_IGN)
         os.environ.update(self._environments[int(worker.name) % len(self._environments)])
 
 

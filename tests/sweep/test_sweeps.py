@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -140,6 +141,17 @@ def test_slices_keep_the_seeds_of_a_trial_together(tmp_path):
     runs = running.assignments(store, running.base_values(store.sweep), store.trials)
     sizes = {workers: [len(task.runs) for task in running.tasks_of(store, runs, workers)] for workers in (1, 2, 3, 6)}
     assert sizes == {1: [6], 2: [2, 2, 2], 3: [2, 2, 2], 6: [1] * 6}
+
+
+def test_workers_leave_the_end_of_the_terminal_to_the_sweep(monkeypatch):
+    names = ("SIGINT", "SIGHUP")
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in names}
+    try:
+        schedule.Setup([{}]).setup(SimpleNamespace(name="0"))  # pyright: ignore[reportArgumentType]
+        assert [signal.getsignal(getattr(signal, name)) for name in names] == [signal.SIG_IGN] * 2
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def test_gpus_that_are_hidden_count_for_nothing(monkeypatch):
