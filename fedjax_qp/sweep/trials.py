@@ -78,12 +78,12 @@ class Store:
             ) from None
         try:
             self._check_and_save(base)
+            self.trials = _read_trials(self.folder)
+            self.attempt = uuid.uuid4().hex
+            write_whole(self.folder / "attempt", self.attempt)
         except BaseException:
             self._lock.close()
             raise
-        self.trials = _read_trials(self.folder)
-        self.attempt = uuid.uuid4().hex
-        write_whole(self.folder / "attempt", self.attempt)
 
     @property
     def runs_folder(self) -> Path:
@@ -152,10 +152,9 @@ def _saved(file: Path) -> dict[str, Any]:
 def read_ending(run_folder: Path) -> Ending | None:
     """How a run ended, or None while it has not."""
     found = read_mark(run_folder / OUTCOME)
-    whole = found is not None and found.keys() == set(Ending._fields) and type(found["rounds"]) is int
-    return (
-        Ending(**found) if found is not None and whole else None
-    )  # of a damaged one, the run itself knows how it ended
+    if found is None or found.keys() != set(Ending._fields) or type(found["rounds"]) is not int:
+        return None  # where it is damaged, the run itself knows how it ended
+    return Ending(**found)
 
 
 def write_ending(run_folder: Path, ending: Ending) -> None:

@@ -36,6 +36,19 @@ def test_two_processes_cannot_have_one_sweep(tmp_path):
     opened(sweep).close()  # it was given back
 
 
+def test_a_sweep_that_cannot_open_gives_its_folder_back(tmp_path):
+    sweep = sweep_of(tmp_path, space={"local.epochs": [2, 4]})
+    with opened(sweep) as store:
+        file = store.folder / "trials.jsonl"
+    whole = file.read_bytes()
+    file.write_text('{"number": 7}\n')
+    with pytest.raises(ConfigurationError, match="is not trial 0") as kept:  # the error keeps the half-made store
+        opened(sweep)
+    file.write_bytes(whole)
+    opened(sweep).close()
+    del kept
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
