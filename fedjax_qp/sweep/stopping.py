@@ -17,11 +17,12 @@ stop different trials. Judgement is passed where a chunk of rounds ends.
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedjax_qp import records
+from fedjax_qp.files import read_mark
 from fedjax_qp.sweep.space import EarlyStopping, Rank
 from fedjax_qp.sweep.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 
@@ -92,7 +93,10 @@ class Judge:
         rule: EarlyStopping | None,
         peers: Sequence[Peer],
         seeds: Sequence[int],
+        together: Collection[str] = (),
     ):
+        """Args: together: the trials with runs in the same program."""
+        self._together = together
         self._folder, self._attempt = folder, attempt
         self._rank, self._rule, self._seeds = rank, rule, seeds
         self._peers = {peer.name: peer for peer in peers}
@@ -121,7 +125,9 @@ class Judge:
         sign, variant = self._rank.sign, self._peers[trial].variant
         names = [peer.name for peer in self._peers.values() if peer.name != trial and peer.variant == variant]
         stopped = [name for name in names if stopped_file(self._folder, name).exists()]
-        running = [self._value(name, round, {}) for name in names if name not in stopped and not self._broken(name)]
+        running = [
+            self._value(name, round, {}) for name in names if name not in stopped and not self._broken(name, round)
+        ]
         others = [goodness(other, sign) for other in running if other is not None]
         others += [-float("inf")] * len(stopped)
         if len(others) < self._rule.least_trials or goodness(value, sign) >= (median := statistics.median(others)):
@@ -131,12 +137,18 @@ class Judge:
             f"{len(others)} other trials"
         )
 
-    def _broken(self, trial: str) -> bool:
-        """Whether a run of a trial diverged or failed, however good it was before."""
+    def _broken(self, trial: str, round: int) -> bool:
+        """Whether a run of a trial diverged or failed, however good it was before.
+
+        Of those in the same program nobody knew so at the rounds before; when these are computed again, nobody does either.
+        """
         folders = [self._run_folder(trial, seed) for seed in self._seeds]
         endings = [read_ending(folder) for folder in folders]
         failed = any(ending is not None and ending.status == "failed" for ending in endings)
-        return failed or any((folder / records.FAILURE).exists() for folder in folders)
+        diverged = [folder for folder in folders if (folder / records.FAILURE).exists()]
+        if trial in self._together:
+            diverged = [folder for folder in diverged if _last_round(folder) < round]
+        return failed or bool(diverged)
 
     def _run_folder(self, trial: str, seed: int) -> Path:
         return self._folder / "runs" / f"{trial}-seed{seed}"
@@ -151,6 +163,12 @@ class Judge:
             values.append(value_at(own[seed] if seed in own else self._curves.curve(folder), round, self._rank.last))
         present = [value for value in values if value is not None]
         return statistics.fmean(present) if len(present) == len(values) else None
+
+
+def _last_round(run_folder: Path) -> int:
+    """The last round that an ended run finished; 0 where its mark is damaged."""
+    round = (read_mark(run_folder / records.ENDED) or {}).get("round")
+    return round if type(round) is int else 0
 
 
 def metric_names(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -92,7 +92,7 @@ def _run(task: Task, console: Console) -> None:
     runs = unfinished(folder, task.runs)
     if not runs:
         return
-    judge = Judge(folder, task.attempt, task.rank, task.rule, task.peers, task.seeds)
+    judge = Judge(folder, task.attempt, task.rank, task.rule, task.peers, task.seeds, {run.trial for run in task.runs})
     try:
         outcomes = run_together(
             [configuration.from_dict(run.config) for run in task.runs],

@@ -22,10 +22,12 @@ def store_of(tmp_path, accuracies, **settings) -> Store:
     return store
 
 
-def verdict(store: Store, trial: int, seed: int, values: list[float], metric: str = "test_accuracy") -> str | None:
+def verdict(
+    store: Store, trial: int, seed: int, values: list[float], metric: str = "test_accuracy", together: tuple = ()
+) -> str | None:
     peers = [Peer(one.name, one.point.variant) for one in store.trials]
     sweep = store.sweep
-    judge = Judge(store.folder, store.attempt, sweep.rank, sweep.early_stopping, peers, sweep.seeds)
+    judge = Judge(store.folder, store.attempt, sweep.rank, sweep.early_stopping, peers, sweep.seeds, together)
     return judge.verdict(f"trial{trial:03d}", seed, [{"round": n, metric: value} for n, value in enumerate(values, 1)])
 
 
@@ -55,6 +57,18 @@ def test_a_trial_that_diverged_later_is_no_judge(tmp_path):
     (store.folder / "stopped" / "trial002.json").unlink()
     (store.run_folder(store.trials[0], 0) / "failure.json").write_text("{}")
     assert verdict(store, 2, 0, [0.1, 0.1]) is None  # one judge is left, and two are asked for
+
+
+def test_rounds_that_are_computed_again_are_judged_as_before(tmp_path):
+    """When round 2 was judged first, the trial beside it had not yet diverged."""
+    store = store_of(tmp_path, [[[0.5, 0.6]], [[0.5, 0.7]], [[]]])
+    folder = store.run_folder(store.trials[0], 0)
+    (folder / "failure.json").write_text("{}")
+    (folder / "ended.json").write_text('{"reason": "diverged", "round": 2}')
+    assert verdict(store, 2, 0, [0.1, 0.1], together=("trial000", "trial002")) == "stopped early"
+    (store.folder / "stopped" / "trial002.json").unlink()
+    (folder / "ended.json").write_text('{"reason": "diverged", "round": 1}')
+    assert verdict(store, 2, 0, [0.1, 0.1], together=("trial000", "trial002")) is None
 
 
 def test_a_trial_is_judged_with_all_of_its_seeds_and_stops_with_all(tmp_path):
