@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -498,8 +499,9 @@ def _check_accumulation(work: Workload) -> None:
 def environment() -> dict[str, object]:
     """Versions, device and commit, for the run folder."""
     packages = ("fedjax_qp", "jax", "jaxlib", "flax", "optax", "jaxopt", "orbax-checkpoint", "numpy")
+    optional = [name for name in ("transformers", "tokenizers") if find_spec(name) is not None]
     return {
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: version(name) for name in (*packages, *optional)},
         "device": f"{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})",
         "cores": os.cpu_count(),
         "commit": _commit(),

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from fedjax_qp.config import to_dict
+from fedjax_qp.data import Instructions
 from fedjax_qp.experiment import Experiment
 from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
@@ -23,6 +24,12 @@ from fedjax_qp.registry import ConfigurationError
 FILE = "provenance.json"
 # What depends on these settings alone, so that runs that agree in them must have the same.
 _COMMON = {"data": "data", "frozen weights": "model", "tokenizer": "model", "model configuration": "model"}
+# What other versions of packages may read otherwise from the same files.
+_READ_BY_PACKAGES = {"tokenizer", "model configuration"}
+_OTHER_VERSIONS = (
+    "Other versions of packages may be the reason too: environment.json in its folder names those it began with, "
+    "transformers and tokenizers among them."
+)
 
 
 class Provenance(NamedTuple):
@@ -55,9 +62,11 @@ class Provenance(NamedTuple):
             return False
         changed = [name for name, digest in before.digests.items() if self.digests.get(name, digest) != digest]
         if changed:
+            read_by = "" if _READ_BY_PACKAGES.isdisjoint(changed) else f" {_OTHER_VERSIONS}"
             raise ConfigurationError(
                 f"{folder} was begun with other content: {', '.join(changed)} differ{'s' if len(changed) == 1 else ''} from "
                 f"what {_places(self.settings)} hold now. Restore what was there, or start a new run under another name."
+                f"{read_by}"
             )
         return True
 
@@ -128,7 +137,7 @@ def _present(tree: Any, mask: Any) -> Any:
 
 def _source(dataset: Any) -> Any:
     """What a source gave, without the names of its files."""
-    if hasattr(dataset.train, "records"):
+    if isinstance(dataset, Instructions):
         return [json.dumps([record[:4] for record in part.records]) for part in (dataset.train, dataset.test)]
     return dataset.train, dataset.test, dataset.client_ids, dataset.mean, dataset.std
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from test_config import write
 
 from fedjax_qp import config
-from fedjax_qp.experiment import build
+from fedjax_qp.experiment import build, environment
 from fedjax_qp.instruments.subject import open_run
-from fedjax_qp.provenance import FILE, provenance
+from fedjax_qp.provenance import FILE, Provenance, provenance
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import restore, resume, run
 from fedjax_qp.together import run_together
@@ -88,6 +88,17 @@ def test_a_run_of_an_earlier_version_is_said_once_to_be_unchecked(tmp_path, load
     for rounds, said in ((4, True), (6, False)):
         resume(folder, [f"rounds={rounds}"], Console(width=300))
         assert ("cannot be checked" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(("name", "said"), [("tokenizer", True), ("model configuration", True), ("data", False)])
+def test_other_versions_of_packages_are_named_where_they_may_be_the_reason(tmp_path, name, said):
+    settings = {"data": {"name": "records"}, "model": {"name": "pretrained"}}
+    Provenance({name: "0"}, settings).write(tmp_path)
+    with pytest.raises(ConfigurationError, match=f"{name} differs") as refused:
+        Provenance({name: "1"}, settings).check(tmp_path, print)
+    assert ("versions of packages" in str(refused.value)) == said
+    pytest.importorskip("tokenizers")
+    assert {"transformers", "tokenizers"} <= environment()["packages"].keys()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_other_weights_and_another_tokenizer_are_noticed(tmp_path, shared_folder):
