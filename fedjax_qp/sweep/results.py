@@ -17,6 +17,7 @@ import pandas as pd
 
 from fedjax_qp import records
 from fedjax_qp.compare import Spread, markdown_lines, spread
+from fedjax_qp.files import write_whole, writing
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.sweep.space import Rank, Sweep
 from fedjax_qp.sweep.stopping import Curves, goodness, metric_names, value_at
@@ -96,7 +97,7 @@ def write_results(store: Store, rows: Sequence[Row]) -> list[Path]:
     """Writes the tidy table and the summary; returns their files.
 
     Raises:
-      ConfigurationError: nothing has been recorded yet.
+      ConfigurationError: nothing has been recorded yet, or the disk is full.
     """
     frame = tidy(store)
     if frame.empty:
@@ -104,10 +105,11 @@ def write_results(store: Store, rows: Sequence[Row]) -> list[Path]:
             f"no run in {store.runs_folder} has an evaluation with {store.sweep.rank.metric!r} yet."
         )
     files = [store.folder / name for name in ("results.parquet", "results.csv", "summary.csv", "summary.md")]
-    frame.to_parquet(files[0], index=False)
-    frame.to_csv(files[1], index=False)
-    _uniform(pd.DataFrame([_summary_entry(row) for row in rows])).to_csv(files[2], index=False)
-    files[3].write_text(_markdown(store.sweep, rows))
+    with writing(files[0]):
+        frame.to_parquet(files[0], index=False)
+    write_whole(files[1], frame.to_csv(index=False))
+    write_whole(files[2], _uniform(pd.DataFrame([_summary_entry(row) for row in rows])).to_csv(index=False))
+    write_whole(files[3], _markdown(store.sweep, rows))
     return files
 
 

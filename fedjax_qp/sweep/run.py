@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from fedjax_qp import config as configuration
+from fedjax_qp.files import writing
 from fedjax_qp.sweep import search
 from fedjax_qp.sweep.figures import plot_curves, plot_space
 from fedjax_qp.sweep.live import LiveTable
@@ -220,8 +221,9 @@ def _write(store: Store, rows: Sequence[Row], curves: Curves, console: Console) 
     if tidy(store).empty:
         return
     write_results(store, rows)
-    plot_curves(store, rows, curves, store.folder / "curves.png")
-    plot_space(store.sweep, rows, store.folder / "space.png")
+    with writing(store.folder / "curves.png"):
+        plot_curves(store, rows, curves, store.folder / "curves.png")
+        plot_space(store.sweep, rows, store.folder / "space.png")
     console.print(f"results: {store.folder}", soft_wrap=True)
 
 

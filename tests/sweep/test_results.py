@@ -90,6 +90,13 @@ def test_the_tidy_table_has_a_row_for_each_evaluation(store):
     assert "trial 3: it diverged" in text
 
 
+@pytest.mark.parametrize("name", ["results.parquet", "results.csv", "summary.csv", "summary.md"])
+def test_results_that_cannot_be_written_are_one_line(store, name):
+    (store.folder / name).mkdir()
+    with pytest.raises(ConfigurationError, match=f"{name} cannot be written"):
+        write_results(store, summarise(store, Curves("test_accuracy")))
+
+
 def test_settings_of_several_types_fit_into_parquet(tmp_path):
     dealt = {"name": "iid", "clients": 5}
     space = {"engine.lanes": ["auto", 2], "model.hidden": [[8], [8, 8]], "partition": [dealt, "natural"]}
