@@ -94,8 +94,15 @@ def check_beside(made_of: Sequence[Provenance], folders: Iterable[Path]) -> None
 
 def provenance(experiments: Sequence[Experiment]) -> list[Provenance]:
     """Takes the digests of some experiments; what they share is read once."""
-    known: dict[int, tuple[Any, str]] = {}  # by identity, which holds while the object is kept beside its digest
+    known = _Known({}, {})
     return [Provenance(_digests(experiment, known), _settings(experiment)) for experiment in experiments]
+
+
+class _Known(NamedTuple):
+    """Digests by identity, which holds while the object is kept beside its digest."""
+
+    wholes: dict[int, tuple[Any, str]]
+    leaves: dict[int, tuple[Any, str]]  # images are the data and the training examples at once
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     return json.loads(json.dumps({part: values[part] for part in ("data", "model")}, default=str))
 
 
-def _digests(experiment: Experiment, known: dict[int, tuple[Any, str]]) -> dict[str, str]:
+def _digests(experiment: Experiment, known: _Known) -> dict[str, str]:
     task = experiment.task
     # By name: an object that experiments share, and what of it counts.
     found: dict[str, tuple[Any, Callable[[], Any]]] = {
@@ -125,9 +132,9 @@ def _digests(experiment: Experiment, known: dict[int, tuple[Any, str]]) -> dict[
         found["model configuration"] = (language.config, lambda: repr(language.config))
         found["tokenizer"] = (language.tokenizer, lambda: _tokenizer(language.tokenizer))
     for thing, content in found.values():
-        if id(thing) not in known:
-            known[id(thing)] = thing, _digest(content())
-    return {name: known[id(thing)][1] for name, (thing, _) in found.items()}
+        if id(thing) not in known.wholes:
+            known.wholes[id(thing)] = thing, _digest(content(), known.leaves)
+    return {name: known.wholes[id(thing)][1] for name, (thing, _) in found.items()}
 
 
 def _present(tree: Any, mask: Any) -> Any:
@@ -151,13 +158,15 @@ def _tokenizer(tokenizer: Any) -> str:
     return json.dumps([*facts, backend.to_str() if backend is not None else repr(tokenizer)], default=str)
 
 
-def _digest(content: Any) -> str:
+def _digest(content: Any, known: dict[int, tuple[Any, str]]) -> str:
     """Of a tree of arrays and texts: its leaves by name, type, shape and bytes."""
     leaves = jax.tree_util.tree_leaves_with_path(content)
-    whole = hashlib.blake2b(digest_size=16)
+    new = [leaf for _, leaf in leaves if id(leaf) not in known]
     with ThreadPoolExecutor() as pool:  # hashing lets Python's other threads run
-        for (path, _), digest in zip(leaves, pool.map(_leaf_digest, [leaf for _, leaf in leaves]), strict=True):
-            whole.update(f"{jax.tree_util.keystr(path)} {digest}\n".encode())
+        known |= {id(leaf): (leaf, digest) for leaf, digest in zip(new, pool.map(_leaf_digest, new), strict=True)}
+    whole = hashlib.blake2b(digest_size=16)
+    for path, leaf in leaves:
+        whole.update(f"{jax.tree_util.keystr(path)} {known[id(leaf)][1]}\n".encode())
     return whole.hexdigest()
 
 

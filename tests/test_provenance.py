@@ -9,6 +9,7 @@ from rich.console import Console
 from test_config import write
 
 from fedjax_qp import config
+from fedjax_qp import provenance as module
 from fedjax_qp.experiment import build, environment
 from fedjax_qp.instruments.subject import open_run
 from fedjax_qp.provenance import FILE, Provenance, provenance
@@ -72,6 +73,15 @@ def test_another_split_is_refused(tmp_path, loaded):
     np.savez(tmp_path / "mine.npz", **{**contents, "client_ids": contents["client_ids"][::-1]})
     with pytest.raises(ConfigurationError, match="partition.* differ"):
         resume(folder, ["rounds=4"], QUIET)
+
+
+def test_images_are_hashed_once_though_they_are_data_and_training_examples(loaded, monkeypatch):
+    experiment, hashed = build(loaded), []
+    plain = module._leaf_digest
+    monkeypatch.setattr(module, "_leaf_digest", lambda leaf: hashed.append(leaf) or plain(leaf))
+    (found,) = provenance([experiment])
+    inputs = experiment.task.train.inputs
+    assert sum(leaf is inputs for leaf in hashed) == 1 and {"data", "training examples"} <= found.digests.keys()
 
 
 def test_sizes_of_evaluation_batches_are_no_content(loaded):
