@@ -250,9 +250,8 @@ def continue_runs(
       ended: those that ended in an earlier process. They keep their place in the program, so that it is the same.
     """
     done = int(states[0].round)
-    least = min(
-        len(experiments), 2
-    )  # a kill between two runs' saves then leaves a round of which all have a checkpoint
+    # Checkpoints: a kill between two runs' saves then leaves a round of which all have one.
+    least = min(len(experiments), 2)
     say = partial(console.print, markup=False, highlight=False)
     for warning in dict.fromkeys(warning for experiment in experiments for warning in advice(experiment)):
         say(f"warning: {warning}")

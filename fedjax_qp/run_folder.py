@@ -26,9 +26,8 @@ from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.simulate import Chunk, NonFiniteLoss
 from fedjax_qp.trackers import Trackers
 
-TIMES = (
-    "times.jsonl"  # a line a chunk: its last round, and seconds since the one before it, or since the process began it
-)
+# A line a chunk: its last round, and seconds since the one before it, or since the process began it.
+TIMES = "times.jsonl"
 
 
 def make_folder(folder: Path) -> None:
