@@ -8,6 +8,7 @@ accuracies in points).
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -39,8 +40,10 @@ class PersonalRow(NamedTuple):
     accuracy: dict[str, Spread | None]  # likewise; language models have both
     worst: dict[str, Spread | None]  # by view, of the worst client
     change: dict[str, Spread | None]  # by view, above the baseline, paired by seed: per cent, of accuracies points
-    trained_entries: float | None  # of a client's adapters
-    upload_bytes: float | None  # of a client and round, mean over all
+    trained_entries: (
+        float | None
+    )  # of a client's adapters; this and the bytes are means over clients and rounds, then seeds
+    upload_bytes: float | None  # of a client and round
     download_bytes: float | None
 
 
@@ -108,10 +111,6 @@ def _row(method: Method, base: Method | None, language: bool) -> PersonalRow:
             return spread([None if ours is None or other is None else 100 * (ours - other) for ours, other in pairs])
         return spread([None if not ours or not other else 100 * (ours / other - 1) for ours, other in pairs])
 
-    def mean_of(name: str) -> float | None:
-        values = [record[name] for record in _records(method) if record.get(name) is not None]
-        return sum(values) / len(values) if values else None
-
     return PersonalRow(
         method=method.label,
         seeds=[run.config.get("seed", 0) for run in method.runs],
@@ -121,10 +120,20 @@ def _row(method: Method, base: Method | None, language: bool) -> PersonalRow:
         accuracy=by_view("accuracy/mean"),
         worst=by_view(f"{headline}/{worst}"),
         change={view: change(key) for view, key in VIEWS.items()},
-        trained_entries=mean_of("client/trained_entries"),
-        upload_bytes=mean_of("client/upload_bytes"),
-        download_bytes=mean_of("client/download_bytes"),
+        trained_entries=_mean_over_reports(method, "client/trained_entries"),
+        upload_bytes=_mean_over_reports(method, "client/upload_bytes"),
+        download_bytes=_mean_over_reports(method, "client/download_bytes"),
     )
+
+
+def _mean_over_reports(method: Method, name: str) -> float | None:
+    """Mean over the seeds of a run's mean over all reports: a round's mean counts as often as clients reported in it."""
+    means = []
+    for run in method.runs:
+        found = [(record[name], record.get("reporting", 1)) for record in run.records if record.get(name) is not None]
+        if reports := sum(count for _, count in found):
+            means.append(sum(value * count for value, count in found) / reports)
+    return statistics.fmean(means) if means else None
 
 
 def _common_perplexity(run: Run) -> float | None:

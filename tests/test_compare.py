@@ -268,6 +268,24 @@ def test_personal_accuracies_of_images_are_compared_in_points(tmp_path):
     assert personal_cells(rows[1], rows) == ["b", "65.00 ± 7.07", "45.00 ± 7.07", "+10.0 ± 0.00", "50.00 ± 0.00"]
 
 
+def test_traffic_is_a_mean_over_all_reports_of_a_run(tmp_path):
+    """Four clients send 100 bytes each and one sends 200: 120, not the 150 between the rounds. Then over seeds."""
+    folders = [image_run(tmp_path, "a", seed, 0.5) for seed in (0, 1)]
+    rounds = [[(4, 100), (1, 200), (0, None)], [(1, 40)]]
+    for folder, of_round in zip(folders, rounds, strict=True):
+        lines = json.loads((folder / FILE).read_text())
+        counts = ("client/upload_bytes", "client/download_bytes", "client/trained_entries")
+        written = [
+            json.dumps(lines | {"round": n, "reporting": reporting, **dict.fromkeys(counts, value)})
+            for n, (reporting, value) in enumerate(of_round, 1)
+        ]
+        (folder / FILE).write_text("\n".join(written) + "\n")
+    (row,) = personal_summary(compare.load_runs(folders))
+    assert (row.upload_bytes, row.download_bytes, row.trained_entries) == (80, 80, 80)  # of 120 and 40
+    (alone,) = personal_summary(compare.load_runs(folders[:1]))
+    assert alone.upload_bytes == pytest.approx(120)
+
+
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_no_word_is_broken_in_a_narrow_terminal(tmp_path, three_seeds_each, width):
     rows = compare.summary(three_seeds_each, last=2, target=0.6, baseline="fedavg")
