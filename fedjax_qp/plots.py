@@ -118,13 +118,14 @@ def _draw_views(axes: Axes, records: list[dict], quantity: str, scale: float) ->
     """The clients' own models on their own tests, where there are any."""
     aggregated, tuned = (f"{view}/{quantity}/mean" for view in recorded.VIEWS)
     _draw_line(axes, records, aggregated, 2, "mean over clients' own tests, aggregated", scale)
-    if not np.array_equal(_series(records, aggregated)[1], _series(records, tuned)[1]):
+    both = [np.stack(_series(records, view, gaps=True)) for view in (aggregated, tuned)]
+    if not np.array_equal(*both, equal_nan=True):
         _draw_line(axes, records, tuned, 4, "mean over clients' own tests, tuned", scale)
 
 
 def _draw_methods(axes: Axes, found: list[Method], key: str, scale: float, window: int | None) -> None:
-    """Draws `key` of all methods into one panel."""
-    longest = max(len(_series(run.records, key)[0]) for method in found for run in method.runs)
+    """Draws `key` of all methods into one panel; a line breaks where a seed's number was not finite."""
+    longest = max(len(_series(run.records, key, gaps=True)[0]) for method in found for run in method.runs)
     width = window or max(1, longest // _SMOOTHED_TO)
     for index, method in enumerate(found):
         rounds, values = _over_seeds(method, key, width)
@@ -143,8 +144,8 @@ def _draw_methods(axes: Axes, found: list[Method], key: str, scale: float, windo
 
 
 def _over_seeds(method: Method, key: str, width: int) -> tuple[Int[np.ndarray, "R"], Float[np.ndarray, "seeds R"]]:
-    """Smoothed values of each seed at the rounds that all seeds have."""
-    series = [_series(run.records, key) for run in method.runs]
+    """Smoothed values of each seed at the rounds in which all seeds were measured; NaN where one was not finite."""
+    series = [_series(run.records, key, gaps=True) for run in method.runs]
     common = reduce(np.intersect1d, [rounds for rounds, _ in series])
     return common, np.stack([_smoothed(values, width)[np.isin(rounds, common)] for rounds, values in series])
 
@@ -160,19 +161,16 @@ def _series(
 
 
 def _smoothed(values: Float[np.ndarray, "R"], width: int) -> Float[np.ndarray, "R"]:
-    """Mean of the last `width` values up to each one; of fewer at the beginning."""
-    totals = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (totals[ends] - totals[starts]) / (ends - starts)
+    """Mean of the last `width` values up to each one, of fewer at the beginning; NaN where one of them is."""
+    return np.array([values[max(end - width, 0) : end].mean() for end in range(1, len(values) + 1)])
 
 
 def _draw_band(axes: Axes, records: list[dict], key: str, scale: float, label: str) -> None:
-    """The band that holds the middle 80 % of the clients."""
-    (rounds, low), (others, high) = (_series(records, f"{key}/{quantile}") for quantile in ("q10", "q90"))
+    """The band that holds the middle 80 % of the clients; it breaks where either side was not finite."""
+    (rounds, low), (others, high) = (_series(records, f"{key}/{quantile}", gaps=True) for quantile in ("q10", "q90"))
     both, of_low, of_high = np.intersect1d(rounds, others, return_indices=True)
-    if len(both):
-        low, high = scale * low[of_low], scale * high[of_high]
+    low, high = scale * low[of_low], scale * high[of_high]
+    if np.isfinite(high - low).any():
         axes.fill_between(both, low, high, color="0.85", label=f"{label}, 10 % to 90 %")
 
 

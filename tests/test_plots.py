@@ -67,6 +67,42 @@ def test_smoothed_points_are_means_of_the_last_values(tmp_path):
     assert "last 3 rounds" in loss.get_title(loc="left")
 
 
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [(1, [1, 2, np.nan, np.nan, 5, 6, 7]), (2, [1, 1.5, np.nan, np.nan, np.nan, 5.5, 6.5])],
+)
+def test_a_comparison_breaks_where_a_loss_was_not_finite(tmp_path, window, expected):
+    """Only windows that hold such a loss are gone, and the rounds of another seed stay where they are."""
+
+    def losses(seed: int, *values: float | None) -> Run:
+        return Run(
+            Path("a"),
+            {"name": "a", "seed": seed},
+            [{"round": n, "train_loss": value} for n, value in enumerate(values, 1)],
+        )
+
+    broken, whole = losses(0, 1, 2, None, None, 5, 6, 7), losses(1, 1, 2, 3, 4, 5, 6, 7)
+    for runs in ([broken], [broken, whole]):
+        loss = plots.plot_comparison(runs, tmp_path / "comparison.png", window=window).axes[1]
+        rounds, values = loss.lines[0].get_data()
+        assert list(rounds) == [1, 2, 3, 4, 5, 6, 7]
+        np.testing.assert_allclose(values, expected)
+    (method,) = plots.methods([broken, whole])
+    rounds, values = plots._over_seeds(method, "train_loss", 1)
+    assert list(rounds) == list(values[1]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_clients_band_breaks_and_views_with_other_gaps_are_both_drawn(tmp_path):
+    records = language_records()
+    records[1]["personal"]["perplexity"]["q90"] = None
+    for record, mean in zip(records, (8.0, 5.0, None), strict=True):
+        record["tuned"] = {"perplexity": {"mean": mean}, "nonfinite": [1]}
+    perplexity = plots.plot_run(records, tmp_path / "run.png").axes[0]
+    (band,) = perplexity.collections
+    assert {at for path in band.get_paths() for at in path.vertices[:, 0]} == {1, 3}
+    assert "mean over clients' own tests, tuned" in {line.get_label() for line in perplexity.lines}
+
+
 def test_run(tmp_path):
     figure = plots.plot_run(made_run("a", 0, 12).records, tmp_path / "run.png")
     assert drawn(tmp_path / "run.png")
@@ -101,7 +137,8 @@ def test_language_runs_show_perplexity(tmp_path):
     assert len(perplexity.collections) == 1  # the clients' band
     runs = [Run(Path("a"), {"name": "a", "seed": 0}, language_records())]
     first = plots.plot_comparison(runs, tmp_path / "comparison.png").axes[0]
-    assert "perplexity" in first.get_ylabel() and list(first.lines[0].get_ydata()) == [8, 5]
+    assert "perplexity" in first.get_ylabel()
+    np.testing.assert_array_equal(first.lines[0].get_ydata(), [8, np.nan, 5])
 
 
 def test_legends_name_only_what_is_drawn(tmp_path):
