@@ -438,9 +438,12 @@ def value(record: dict, name: str) -> float | None:
 
 def _was_measured(record: dict, name: str) -> bool:
     """Whether a null stands for a number that is not finite."""
-    outer = name.partition("/")[0]
-    if outer in VIEWS:  # no client with tests may have taken part, or all of them
-        return "nonfinite" in record[outer]
+    outer, inner = name.partition("/")[::2]
+    if outer in VIEWS:  # no client with tests may have taken part, or all of them: then there is no accuracy either
+        finite = record[outer].get("accuracy")
+        group = "unseen" if inner.endswith("/unseen") else "mean"
+        there = finite.get(group) is not None if isinstance(finite, dict) else group == "mean"
+        return there and "nonfinite" in record[outer]
     if name == "train_loss" or outer == "client":
         return record.get("reporting", 1) > 0
     return outer != "client_accuracy" and (outer != "test_loss" or record.get("test_accuracy") is not None)

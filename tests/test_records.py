@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -213,6 +214,22 @@ def test_a_null_is_missing_or_not_finite():
     for name in ("test_loss", "tuned/perplexity/mean"):
         assert np.isnan(records.value(record, name))
     assert np.isnan(records.value(record | {"reporting": 2}, "train_loss"))
+    assert records.value({"tuned": view | {"nonfinite": [1], "accuracy": 0.5}}, "tuned/perplexity/unseen") is None
+
+
+def test_a_null_of_an_empty_group_of_clients_is_missing_whoever_else_is_not_finite():
+    metrics = personal_metrics([10.0, 12.0, np.inf], [10, 10, 10])
+    for seen, mean, unseen in (
+        ({0, 1, 2}, math.nan, None),
+        ({1, 2}, math.nan, 1.0),
+        ({0, 1}, 1.1, math.nan),
+        (set(), None, math.nan),
+    ):
+        first, _ = chunk_records(metrics, made_plan(), 10, None, seen=seen)
+        record = json.loads(json.dumps(first))
+        for name, expected in (("mean", mean), ("unseen", unseen)):
+            found = records.value(record, f"personal/loss/{name}")
+            assert found is None if expected is None else found == pytest.approx(expected, nan_ok=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
