@@ -1,6 +1,7 @@
 """Whole runs of instruction tuning on a tiny Llama with a tokenizer of its own: run, resume, compare, export, answer."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from fedjax_qp import compare, config, records  # noqa: E402
 from fedjax_qp.adapters import answer, client_params, export_clients  # noqa: E402
 from fedjax_qp.cli import main  # noqa: E402
 from fedjax_qp.compare_personal import has_personal, personal_json, personal_markdown, personal_summary  # noqa: E402
+from fedjax_qp.engine import evaluation  # noqa: E402
 from fedjax_qp.experiment import build  # noqa: E402
 from fedjax_qp.models.llama import LlamaConfig, initial_weights  # noqa: E402
 from fedjax_qp.models.peft import import_adapter  # noqa: E402
@@ -227,3 +229,10 @@ def test_flops_of_a_training_token_are_counted_by_hand(place):
 def test_bad_settings_are_named_with_the_remedy(place, changes, message):
     with pytest.raises(ConfigurationError, match=message):
         build(made(place, **changes))
+
+
+def test_tests_that_fit_no_memory_are_named_with_the_remedy(place, monkeypatch):
+    machine = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=2**10))
+    monkeypatch.setattr(evaluation, "psutil", machine)
+    with pytest.raises(ConfigurationError, match=r"text\.test_records = 4 or text\.cut_off = 24"):
+        build(made(place))

@@ -1,15 +1,18 @@
 """Evaluation inside the program: the server's model on the common test set, each client's on its own test part."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jaxtyping import Array, Bool, Int, PyTree
 
 from fedjax_qp.engine.arrays import across, of, put, zeros
 from fedjax_qp.federated import Batch, FederatedState, Model
+from fedjax_qp.registry import ConfigurationError
 
 
 class TestSet(NamedTuple):
@@ -67,10 +70,28 @@ class PersonalTests(NamedTuple):
     mask: Bool[Array | np.ndarray, "K batches B"]
 
 
-def cut_client_tests(tests: Sequence[PyTree], batch_size: int) -> PersonalTests:
-    """Cuts every client's test examples, arrays [n, ...], into equally many batches of at most `batch_size`."""
+def cut_client_tests(
+    tests: Sequence[PyTree], batch_size: int, *, remedy: str = "choose clients of more even size"
+) -> PersonalTests:
+    """Cuts every client's test examples, arrays [n, ...], into equally many batches of at most `batch_size`.
+
+    Args:
+      remedy: what to do where this takes too much memory, since every client takes as much as the one with most tests.
+
+    Raises:
+      ConfigurationError: it would take more than half of this machine's memory.
+    """
     longest = max(len(jax.tree.leaves(examples)[0]) for examples in tests)
-    cut = [_cut(examples, *even_batches(longest, batch_size)) for examples in tests]
+    batches, size = even_batches(longest, batch_size)
+    of_example = 1 + sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tests[0]))
+    needed, memory = len(tests) * batches * size * of_example, psutil.virtual_memory().total
+    if needed > memory / 2:  # while they are stacked, they are there twice
+        raise ConfigurationError(
+            f"the clients' own tests take {needed / 2**30:,.1f} GiB, since each of {len(tests):,} clients gets room for "
+            f"{longest:,}, as many as the largest of them has, but at most half of this machine's {memory / 2**30:,.1f} "
+            f"GiB may be taken: {remedy}."
+        )
+    cut = [_cut(examples, batches, size) for examples in tests]
     return PersonalTests(*jax.tree.map(lambda *leaves: np.stack(leaves), *cut))
 
 

@@ -30,7 +30,9 @@ def classification_task(config: Config, dataset: Dataset, parts: list[np.ndarray
         frozen=(),
         train=dataset.train,
         test=cut_test_set(dataset.test, config.evaluation.batch_size),
-        personal=None if tests is None else cut_client_tests(tests, config.evaluation.batch_size),
+        personal=None
+        if tests is None
+        else cut_client_tests(tests, config.evaluation.batch_size, remedy=_smaller_tests(config)),
         parts=parts,
         sizes=[len(part) for part in parts],
         counts=counts,
@@ -61,6 +63,13 @@ def _client_tests(
             "Choose own, or common."
         )
     return parts, [jax.tree.map(lambda leaf, test=test: np.asarray(leaf)[test], source) for test in tests]
+
+
+def _smaller_tests(config: Config) -> str:
+    even, options = "a partition into more even clients", config.partition.options
+    if options["test"] == "own":
+        return f"lower partition.test_share = {options['test_share']:g}, or choose {even}, or partition.test = matched"
+    return f"choose {even}, or partition.test = common"
 
 
 def _untested(tests: list[Examples] | None) -> list[str]:

@@ -59,7 +59,11 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
         frozen_axes=split_axes(language.config, config.engine.model_devices),
         train=_joined(train),
         test=cut_test_set(pack(common, length, text.pack), config.evaluation.batch_size),
-        personal=cut_client_tests([pack(client, length, text.pack) for client in tests], config.evaluation.batch_size),
+        personal=cut_client_tests(
+            [pack(client, length, text.pack) for client in tests],
+            config.evaluation.batch_size,
+            remedy=f"lower text.test_records = {text.test_records} or text.cut_off = {text.cut_off}, or choose fewer clients",
+        ),
         parts=[np.arange(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)],
         sizes=[len(client.tokens) for client in trains],
         counts=label_counts(kept, np.asarray(data.train.labels), data.classes),

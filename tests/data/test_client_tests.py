@@ -1,5 +1,7 @@
 """Tests of each client's own, against numbers worked out by hand and against what they promise."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedjax_qp import config
 from fedjax_qp.data import label_counts, match, own_counts, partitions
+from fedjax_qp.engine import evaluation
 from fedjax_qp.experiment import advice, build, resolve
 from fedjax_qp.records import quotient
 from fedjax_qp.registry import ConfigurationError
@@ -144,6 +147,36 @@ def test_a_personal_method_without_client_tests_is_told_so():
     assert advice(build(made(DIRICHLET, algorithm="scaffold"))) == []  # it has memories, but serves one model
     (no_effect,) = advice(build(made(DIRICHLET | {"test_share": 0.5}, algorithm="fedavg")))
     assert "partition.test_share = 0.5 has no effect" in no_effect
+
+
+def machine_of(size: int) -> SimpleNamespace:
+    """Stands in for psutil."""
+    return SimpleNamespace(virtual_memory=lambda: SimpleNamespace(total=size))
+
+
+def test_tests_of_uneven_clients_that_fit_no_memory_are_refused_before_they_are_cut(monkeypatch):
+    """One client of 8,000 tests gives room for as many to 5,000 clients of one."""
+    monkeypatch.setattr(evaluation, "psutil", machine_of(2**37))
+    image = np.zeros((1, 32, 32, 3), np.uint8)
+    clients = [np.broadcast_to(image, (8000, *image.shape[1:])), *[image] * 5000]
+    with pytest.raises(ConfigurationError, match=r"take 114\.5 GiB.*5,001 clients.*8,000.*more even size") as error:
+        evaluation.cut_client_tests(clients, 500)
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
+    assert evaluation.cut_client_tests([image] * 3, 500).mask.shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("test", "remedy"),
+    [
+        ("own", r"partition\.test_share = 0\.2.*more even clients.*partition\.test = matched"),
+        ("matched", r"partition\.test = common"),
+    ],
+)
+def test_the_remedy_for_tests_that_fit_no_memory_is_named(monkeypatch, test, remedy):
+    monkeypatch.setattr(evaluation, "psutil", machine_of(2**12))
+    with pytest.raises(ConfigurationError, match=f"the clients' own tests take.*{remedy}") as error:
+        build(made(DIRICHLET | {"test": test}))
+    assert "\n" not in str(error.value) and len(str(error.value)) <= 500
 
 
 def test_what_cannot_be_is_refused():
