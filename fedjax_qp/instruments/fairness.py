@@ -7,6 +7,7 @@ them with; the former is the global model's.
 Source: fairness as the spread of accuracy over clients: Li et al. 2020, "Fair Resource Allocation in Federated Learning".
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,8 @@ def draw(result: dict[str, Any], title: str, path: Path) -> Figure:
     figure, (ordered, by_size) = new_figure(2, title)
     for index, (view, label) in enumerate(VIEWS.items()):
         pairs = [(size, a) for size, a in zip(result["size"], result[view]["accuracy"], strict=True) if a is not None]
+        if not pairs:
+            continue
         sizes, values = (np.array(column, float) for column in zip(*pairs, strict=True))
         style = curve_style(index, marker="")
         ordered.plot(np.linspace(0, 100, len(values)), 100 * np.sort(values), label=label, **style)
@@ -110,6 +113,9 @@ def _own_examples(experiment: Experiment, settings: Settings) -> PersonalTests:
 
 
 def _spread(values: Float[np.ndarray, "K"]) -> dict[str, float]:
+    """NaN where no client could be tested, since no class that they train on is in the test set."""
+    if not len(values):
+        return dict.fromkeys(("mean", "deviation", *_QUANTILES), math.nan)
     quantiles = np.quantile(values, list(_QUANTILES.values()))
     named = {name: float(value) for name, value in zip(_QUANTILES, quantiles, strict=True)}
     return {"mean": float(values.mean()), "deviation": float(values.std()), **named}

@@ -163,6 +163,23 @@ def test_accuracy_of_clients(runs, inspected):
         assert result["training"]["accuracy"][3] == pytest.approx(expected, abs=1e-6)
 
 
+def test_clients_without_a_tested_class_have_no_accuracy(runs, tmp_path):
+    """None of them trains on a class of the test set."""
+    subject = load(open_run(runs[0]), None, SMALL)
+    experiment = subject.run.experiment
+    nothing = experiment.task.test._replace(mask=np.zeros_like(experiment.task.test.mask))
+    experiment = experiment._replace(task=experiment.task._replace(test=nothing))
+    result = fairness.measure(subject._replace(run=subject.run._replace(experiment=experiment)), SMALL)
+    assert set(result["mixture"]["accuracy"]) == {None}
+    assert all(math.isnan(value) for value in result["mixture"]["spread"].values())
+    assert set(result["mixture"]["spread"]) == set(result["training"]["spread"])
+    assert len(fairness.headline(result)) == 8
+    _, by_size = fairness.draw(result, "", tmp_path / "drawn.png").axes
+    assert [line.get_label() for line in by_size.lines] == [fairness.VIEWS["training"]]
+    result["training"]["accuracy"] = result["mixture"]["accuracy"]
+    fairness.draw(result, "", tmp_path / "empty.png")
+
+
 def test_side_by_side(runs, inspected, tmp_path, capsys):
     assert len(side_by_side(inspected).columns) == 4
     options = ["--what", "fairness", "--round", "2", "--client-examples", "20", "--examples", "60"]
