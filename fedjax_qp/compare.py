@@ -22,6 +22,7 @@ from fedjax_qp import strict
 from fedjax_qp.records import ENDED, FAILURE
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.tables import TextTable, without_empty
+from fedjax_qp.values import shown
 
 # Where and how a run was computed, and how long; what it computes in a round does not depend on it. `engine.lanes` is even
 # measured anew in each run.
@@ -116,7 +117,7 @@ def _settings_file(folder: Path) -> dict[str, Any]:
     wrong = next((key for key, kind in _KINDS.items() if key in values and type(values[key]) is not kind), None)
     wrong = wrong or next((part for part in configuration.PARTS if part in values and not _is_part(values[part])), None)
     if wrong is not None or not _has_names(values):
-        what = "keys that are no text" if wrong is None else f"{wrong} = {str(values[wrong])[:60]!r}"
+        what = "keys that are no text" if wrong is None else f"{wrong} = {shown(values[wrong])}"
         raise ConfigurationError(f"{file} is not the configuration of a run: it has {what}. Restore the file.")
     return values
 

@@ -37,6 +37,7 @@ from jaxtyping import Bool, Float, Int
 from fedjax_qp.files import write_whole, writing
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.strict import load_json
+from fedjax_qp.values import shown
 
 if TYPE_CHECKING:  # comparing needs no JAX
     from fedjax_qp.plan import Plan
@@ -394,12 +395,12 @@ def _problem(record: Any) -> str | None:
         return "not a mapping with a round"
     round = record["round"]
     if type(round) is not int or round < 1:
-        return f"round = {str(round)[:40]!r} is not a whole number from 1"
+        return f"round = {shown(round)} is not a whole number from 1"
     for name, value in record.items():
         whole, grouped = name in ("train_loss", *_TEST_NUMBERS), name in ("client_accuracy", *VIEWS)
         fits = isinstance(value, dict) if grouped else not (whole and isinstance(value, dict | list))
         if not fits or not _numeric(value):
-            return f"{name[:80]} is {'not a mapping' if grouped else 'not a number'}"
+            return f"{shown(name)} is {'not a mapping' if grouped else 'not a number'}"
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import yaml
 
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.values import shown
 
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBERS_AND_DATES = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
@@ -36,7 +37,7 @@ def read_text(path: Path) -> str:
             f"{path} is not a UTF-8 text file (byte {error.start}): give another file, or save it as UTF-8."
         ) from None
     except ValueError:  # a NUL in the path
-        raise ConfigurationError(f"{_short(path)!r} is not a path: it holds a NUL character.") from None
+        raise ConfigurationError(f"{shown(str(path))} is not a path: it holds a NUL character.") from None
 
 
 def load_yaml(text: str, where: str) -> Any:
@@ -152,7 +153,7 @@ def _unrepeated(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ConfigurationError(f"{where} has the key {key[:80]!r} twice in one mapping: keep one of them.")
+            raise ConfigurationError(f"{where} has the key {shown(key)} twice in one mapping: keep one of them.")
         found[key] = value
     return found
 

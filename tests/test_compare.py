@@ -314,7 +314,7 @@ def test_names_are_no_markup(tmp_path):
         (b"name: [a]\n", "name = "),
         (b"name: a\nseed: one\n", "seed = 'one'"),
         (b"name: a\nrounds: many\n", "rounds = 'many'"),
-        (b"name: a\nalgorithm: 5\n", "algorithm = '5'"),
+        (b"name: a\nalgorithm: 5\n", "algorithm = 5"),
         (b"name: a\nlocal: {1: 2}\n", "keys that are no text"),
         (b"name: a\nname: b\n", "stands twice"),
         (b"name: !!python/object/apply:os.system [ls]\n", "not valid YAML"),

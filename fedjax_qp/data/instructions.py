@@ -21,7 +21,8 @@ from jaxtyping import Int, Int32
 from fedjax_qp.data.package import fetch
 from fedjax_qp.data.sources import cached
 from fedjax_qp.registry import ConfigurationError, Registry
-from fedjax_qp.strict import json_decoder
+from fedjax_qp.strict import json_decoder, read_text
+from fedjax_qp.values import shown
 
 instruction_sources = Registry("instruction source")
 
@@ -120,12 +121,12 @@ def _expand(files: Iterable[str], test_path: Path | None) -> list[Path]:
     """Returns the files that are meant, each once."""
     found: list[Path] = []
     for given in files:
-        _require(bool(given.strip()), f"files: {given!r} names nothing; a dot means all files of this folder.")
+        _require(bool(given.strip()), f"files: {shown(given)} names nothing; a dot means all files of this folder.")
         try:
             named, matches = _matches(Path(os.path.expanduser(given)))
         except (OSError, ValueError) as error:  # too long, or a NUL
             raise ConfigurationError(
-                f"files: {given[:200]!r} cannot be looked up ({error}): give another path."
+                f"files: {shown(given)} cannot be looked up ({error}): give another path."
             ) from None
         if named:
             found += matches
@@ -133,7 +134,7 @@ def _expand(files: Iterable[str], test_path: Path | None) -> list[Path]:
         matches = [file for file in matches if test_path is None or file.resolve() != test_path.resolve()]
         _require(
             bool(matches),
-            f"files: {given!r} is no file, no folder with .json or .jsonl files and no pattern that finds files (from "
+            f"files: {shown(given)} is no file, no folder with .json or .jsonl files and no pattern that finds files (from "
             f"{Path.cwd()}). Give the path of your records.",
         )
         found += sorted(matches, key=_natural_order)
@@ -159,11 +160,7 @@ def _natural_order(path: Path) -> list:
 
 
 def _read(path: Path, limit: int | None) -> list[Record]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the path
-        raise ConfigurationError(f"{path} cannot be read as a UTF-8 text file of records: {error}") from None
-    found = list(itertools.islice(_parse(text, str(path)), limit and min(limit, sys.maxsize)))
+    found = list(itertools.islice(_parse(read_text(path), str(path)), limit and min(limit, sys.maxsize)))
     _require(bool(found), f"{path} holds no records; it must be a JSON list of objects, or JSON lines.")
     return found
 
@@ -211,7 +208,7 @@ def _record(value: Any, where: str) -> Record:
     """Checks one record and names its parts in our way."""
     keys = "needed are `instruction` and `output` (or `response`); `input` (or `context`) and `category` are optional"
     _require(isinstance(value, dict), f"{where}: this is {type(value).__name__}, not an object; {keys}.")
-    all_keys = _cut(list(value))[1:-1] or "none"
+    all_keys = shown(list(value))[1:-1] or "none"
 
     def part(*names: str, default: str | None = None) -> str:
         there = [name for name in names if name in value]
@@ -221,7 +218,7 @@ def _record(value: Any, where: str) -> Record:
             _require(default is not None, f"{where}: {' or '.join(names)} is missing; {given}; {keys}.")
             return default or ""
         text = value[there[0]]
-        _require(isinstance(text, str), f"{where}: {there[0]} = {_cut(text)} must be a string; {given}; {keys}.")
+        _require(isinstance(text, str), f"{where}: {there[0]} = {shown(text)} must be a string; {given}; {keys}.")
         check_characters(text, f"{where}: {there[0]}")
         return text
 
@@ -255,15 +252,6 @@ def check_characters(text: str, where: str) -> None:
 def _blank(text: str) -> bool:
     """Whether there is nothing to see: spaces, controls and characters of no width."""
     return all(one.isspace() or unicodedata.category(one) in ("Cc", "Cf") for one in text)
-
-
-def _cut(value: Any) -> str:
-    """A value as a message shows it."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return "a value that is nested too deeply"
-    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _with_categories(train: list[Record], test: list[Record], client_ids: np.ndarray | None) -> Instructions:

@@ -10,7 +10,6 @@ import string
 from collections.abc import Callable
 from glob import glob
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.sources import Dataset, build_dataset, cached, sources
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.strict import load_json, read_text
+from fedjax_qp.values import shown
 
 SIDE = 28  # pixels of FEMNIST's images
 LETTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase

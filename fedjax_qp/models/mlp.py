@@ -5,7 +5,6 @@ Source: McMahan et al., "Communication-efficient learning of deep networks", AIS
 
 import math
 from collections.abc import Callable
-from reprlib import repr as shown
 
 import jax
 from flax import nnx
@@ -14,6 +13,7 @@ from jaxtyping import Array, Bool, Float
 from fedjax_qp.models.layers import Dense, Network
 from fedjax_qp.models.registry import models
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.values import shown
 
 MOST_UNITS, MOST_LAYERS = 1_000_000, 100
 

@@ -8,6 +8,7 @@ from typing import Any
 from fedjax_qp.models.llama import LlamaConfig
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.strict import load_json
+from fedjax_qp.values import shown
 
 # Sizes far beyond any model there is, so that a slip of the pen costs a sentence and not the machine's memory.
 LARGEST, MOST_LAYERS, MOST_PARAMETERS = 2**24, 10_000, 10**13
@@ -117,7 +118,7 @@ def size(file: Path, raw: dict[str, Any], key: str) -> int:
     value = raw.get(key)
     most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
     fits = type(value) is int and 0 < value <= most
-    _require(file, fits, f"{key} = {_shown(value)} must be a positive integer, at most {most}")
+    _require(file, fits, f"{key} = {shown(value)} must be a positive integer, at most {most}")
     return int(value)  # type: ignore[arg-type]
 
 
@@ -128,25 +129,20 @@ def number(file: Path, key: str, value: Any) -> float:
       ConfigurationError: it is something else.
     """
     fits = type(value) in (int, float) and 0 < value <= 1e30 and math.isfinite(value)
-    _require(file, fits, f"{key} = {_shown(value)} must be a number above 0")
+    _require(file, fits, f"{key} = {shown(value)} must be a number above 0")
     return float(value)
 
 
 def _flag(file: Path, raw: dict[str, Any], key: str) -> bool:
     value = raw[key]
-    _require(file, value is None or type(value) is bool, f"{key} = {_shown(value)} must be true or false")
+    _require(file, value is None or type(value) is bool, f"{key} = {shown(value)} must be true or false")
     return bool(value)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _refuse_variants(file: Path, raw: dict[str, Any]) -> None:
     activation = raw["hidden_act"]
     _require(
-        file, activation in ("silu", "swish"), f"hidden_act = {_shown(activation)} is not supported, only 'silu' is"
+        file, activation in ("silu", "swish"), f"hidden_act = {shown(activation)} is not supported, only 'silu' is"
     )
     _require(file, not _flag(file, raw, "mlp_bias"), "mlp_bias = true is not supported: the MLP has no biases here")
     quantised = raw.get("quantization_config")
@@ -156,7 +152,7 @@ def _refuse_variants(file: Path, raw: dict[str, Any]) -> None:
 def _rope(file: Path, raw: dict[str, Any], positions: int) -> tuple[float, Mapping | None]:
     """Base and scaling of the rotary embedding, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    _require(file, isinstance(given, dict), f"the rotary embedding's scaling is {_shown(given)}, not an object")
+    _require(file, isinstance(given, dict), f"the rotary embedding's scaling is {shown(given)}, not an object")
     rope = {**given}
     theta = rope.pop("rope_theta", None)
     theta = number(file, "rope_theta", raw["rope_theta"] if theta is None else theta)
@@ -164,7 +160,7 @@ def _rope(file: Path, raw: dict[str, Any], positions: int) -> tuple[float, Mappi
     kind = rope.pop("rope_type", older)
     partial = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor"))
     _require(
-        file, partial is None or partial == 1, f"partial_rotary_factor = {_shown(partial)} is not supported, only 1 is"
+        file, partial is None or partial == 1, f"partial_rotary_factor = {shown(partial)} is not supported, only 1 is"
     )
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     _require(file, not nested, f"rotary embeddings that differ between layers ({', '.join(nested)}) are not supported")
@@ -188,10 +184,10 @@ def _window(file: Path, raw: dict[str, Any], layers: int) -> int | None:
     if kind == "qwen2":
         types, windowless = raw.get("layer_types"), raw["max_window_layers"]
         fits = types is None or (isinstance(types, list) and len(types) == layers)
-        _require(file, fits, f"layer_types = {_shown(types)} must be a list of {layers} names, one a layer")
+        _require(file, fits, f"layer_types = {shown(types)} must be a list of {layers} names, one a layer")
         fits = type(windowless) is int and windowless >= 0
         _require(
-            file, bool(types) or fits, f"max_window_layers = {_shown(windowless)} must be a whole number, 0 or more"
+            file, bool(types) or fits, f"max_window_layers = {shown(windowless)} must be a whole number, 0 or more"
         )
         full = types.count("full_attention") if types else min(windowless, layers)
         if full == layers:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.values import shown
 
 # What each scaling must state, by Hugging Face's names.
 SCALINGS = {
@@ -41,17 +42,19 @@ def scaling_type(scaling: Mapping | None) -> str:
     name = scaling.get("rope_type")
     if not isinstance(name, str) or name not in SCALINGS:
         raise ConfigurationError(
-            f"rotary scaling {str(name)[:50]!r} is not supported. Valid rope_type: {', '.join(SCALINGS)}. "
+            f"rotary scaling {shown(name)} is not supported. Valid rope_type: {', '.join(SCALINGS)}. "
             "Choose a model with one of these."
         )
     missing = [key for key in SCALINGS[name] if key not in scaling]
     if missing:
-        raise ConfigurationError(f"rotary scaling {name!r} needs {', '.join(missing)}, but states {dict(scaling)}.")
+        raise ConfigurationError(
+            f"rotary scaling {name!r} needs {', '.join(missing)}, but states {shown(dict(scaling))}."
+        )
     for key in SCALINGS[name]:
         value = scaling[key]
         if type(value) not in (int, float) or not 0 < value < 1e30:
             raise ConfigurationError(
-                f"rotary scaling {name!r}: {key} = {str(value)[:50]!r} must be a number above 0. Check the model's "
+                f"rotary scaling {name!r}: {key} = {shown(value)} must be a number above 0. Check the model's "
                 "configuration file."
             )
     if name == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:

@@ -50,7 +50,7 @@ def change(file, **changes):
         ({"rms_norm_eps": None}, "rms_norm_eps = None must be a number above 0"),
         ({"rope_theta": True}, "rope_theta = True must be a number above 0"),
         ({"rope_scaling": {"rope_type": []}}, "is not supported"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor = '0' must be a number above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor = 0 must be a number above 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' must be true or false"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 must be"),
         ({"num_hidden_layers": 9999}, "9999 layers by the configuration, but only 47 tensors"),
