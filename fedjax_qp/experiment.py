@@ -299,6 +299,20 @@ def advice(experiment: Experiment) -> list[str]:
     usual = defaults(to_dict(config))
     if local.optimizer != "sgd" and local.momentum != usual["local"]["momentum"]:
         found.append(f"local.momentum = {local.momentum:g} has no effect: optimizer {local.optimizer} has none.")
+    if (
+        config.participation.straggler_work != usual["participation"]["straggler_work"]
+        and not config.participation.stragglers
+    ):
+        found.append(
+            f"participation.straggler_work = {config.participation.straggler_work:g} has no effect without "
+            "participation.stragglers."
+        )
+    if experiment.task.language is None:
+        found += [
+            f"text.{name} = {value} has no effect: data = {config.data.name!r} has no instructions."
+            for name, value in dataclasses.asdict(config.text).items()
+            if value != usual["text"][name]
+        ]
     if experiment.task.personal is None and _serves_clients(experiment):
         found.append(
             f"algorithm = {config.algorithm.name!r} makes a model for each client, but only the server's is tested: set "

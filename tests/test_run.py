@@ -285,6 +285,9 @@ def test_momentum_with_a_method_for_plain_sgd_is_warned_of(tmp_path):
         (["algorithm.form=references", "algorithm.references=clients", "algorithm.epsilon=0.1"], []),
         (["local.optimizer=adam", "local.momentum=0.5"], ["local.momentum = 0.5 has no effect"]),
         (["local.optimizer=sgd", "local.momentum=0.5"], []),
+        (["text.cut_off=10"], ["text.cut_off = 10 has no effect: data = 'digits'"]),
+        (["participation.straggler_work=0.1"], ["participation.straggler_work = 0.1 has no effect"]),
+        (["participation.straggler_work=0.1", "participation.stragglers=0.5"], []),
     ],
 )
 def test_settings_without_an_effect_are_named(tmp_path, changes, expected):
