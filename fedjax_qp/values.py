@@ -34,13 +34,19 @@ def _in_float32(value: float) -> float:
     return value
 
 
+def _below_one_in_float32(value: float) -> float:
+    if value >= 1 - 2**-25:
+        raise PydanticCustomError("probability", "must be less than 1, also in float32: at most 0.99999997")
+    return value
+
+
 Whole = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=-MOST, le=MOST)]
 Count = Annotated[Whole, Field(ge=1)]
 Finite = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
 Positive = Annotated[Finite, Field(gt=0)]
 NotNegative = Annotated[Finite, Field(ge=0)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
-Probability = Annotated[Finite, Field(ge=0, lt=1)]
+Probability = Annotated[Finite, Field(ge=0), AfterValidator(_below_one_in_float32)]
 Truth = Annotated[bool, Strict()]
 Seed = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, lt=2**31)]
 

@@ -17,6 +17,7 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, Weighting, add, local_training, mean_update, report
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
 from fedjax_qp.registry import is_zero
+from fedjax_qp.values import Probability
 
 
 class Server(NamedTuple):
@@ -80,7 +81,6 @@ def averaging(
 
 
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @algorithms.register
@@ -106,7 +106,7 @@ def fedavgm(
     model: Model,
     optimizer: optax.GradientTransformation,
     *,
-    momentum: Share = 0.9,
+    momentum: Probability = 0.9,
     server_learning_rate: Positive = 1.0,
     weighting: Weighting = "size",
 ) -> Algorithm:
@@ -120,8 +120,8 @@ def fedadam(
     optimizer: optax.GradientTransformation,
     *,
     server_learning_rate: Positive = 0.01,
-    beta1: Share = 0.9,
-    beta2: Share = 0.99,
+    beta1: Probability = 0.9,
+    beta2: Probability = 0.99,
     adaptivity: Positive = 1e-3,
     weighting: Weighting = "size",
 ) -> Algorithm:
@@ -141,8 +141,8 @@ def fedyogi(
     optimizer: optax.GradientTransformation,
     *,
     server_learning_rate: Positive = 0.01,
-    beta1: Share = 0.9,
-    beta2: Share = 0.99,
+    beta1: Probability = 0.9,
+    beta2: Probability = 0.99,
     adaptivity: Positive = 1e-3,
     weighting: Weighting = "size",
 ) -> Algorithm:

@@ -14,9 +14,10 @@ import optax
 from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.algorithms.averaging import Server, Share, averaging
+from fedjax_qp.algorithms.averaging import Server, averaging
 from fedjax_qp.algorithms.local import Weighting
 from fedjax_qp.federated import Algorithm, Cohort, Model, Params
+from fedjax_qp.values import Probability
 
 
 @algorithms.register
@@ -24,7 +25,7 @@ def fedacg(
     model: Model,
     optimizer: optax.GradientTransformation,
     *,
-    momentum: Share = 0.85,
+    momentum: Probability = 0.85,
     proximal: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01,
     weighting: Weighting = "size",
 ) -> Algorithm:

@@ -16,10 +16,10 @@ from fedjax_qp.models.pretrained import load_weights
 from fedjax_qp.models.pretrained_config import read_config
 from fedjax_qp.models.registry import language_models
 from fedjax_qp.models.tokenizer import load_tokenizer
+from fedjax_qp.values import Probability
 
 Rank = Annotated[int, Field(ge=1)]
 Alpha = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 Type = Literal["float32", "bfloat16"]
 
 
@@ -61,7 +61,7 @@ def pretrained(
     path: str,
     rank: Rank = 8,
     alpha: Alpha = 16.0,
-    dropout: Dropout = 0.0,
+    dropout: Probability = 0.0,
     targets: tuple[str, ...] = ("q_proj", "v_proj"),
     dtype: Type = "float32",
     rematerialise: bool = False,
@@ -91,7 +91,7 @@ def smollm2(
     *,
     rank: Rank = 8,
     alpha: Alpha = 16.0,
-    dropout: Dropout = 0.0,
+    dropout: Probability = 0.0,
     targets: tuple[str, ...] = ("q_proj", "v_proj"),
     dtype: Type = "float32",
     rematerialise: bool = False,

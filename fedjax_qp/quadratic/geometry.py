@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fedjax_qp.registry import ConfigurationError
@@ -74,11 +75,11 @@ def prepared(
 
 
 def check_margin(margin: float) -> None:
-    """Raises ConfigurationError unless 0 ≤ margin < 1. An array was checked when its run was configured."""
-    if not isinstance(margin, jax.Array) and not 0 <= margin < 1:
+    """Raises ConfigurationError unless 0 ≤ margin < 1 in float32. An array was checked when its run was configured."""
+    if not isinstance(margin, jax.Array) and not 0 <= np.float32(margin) < 1:
         raise ConfigurationError(
-            f"margin = {margin} is not in [0, 1): it is how far a mutation must lean towards the global update, for form "
-            "nearest the smallest cosine. Use 0 for 'acute', or a value such as 0.25."
+            f"margin = {margin} is not in [0, 1) in float32: it is how far a mutation must lean towards the global update, "
+            "for form nearest the smallest cosine. Use 0 for 'acute', or a value such as 0.25."
         )
 
 
