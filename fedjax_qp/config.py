@@ -23,10 +23,10 @@ from fedjax_qp.registry import MOST_REASONS, ConfigurationError, reason, unknown
 from fedjax_qp.values import (
     Count,
     Finite,
+    Line,
     Name,
     NotNegative,
     PathName,
-    PlainText,
     Positive,
     Probability,
     Seed,
@@ -124,15 +124,15 @@ class Checkpoints:
 class Wandb:
     """Weights & Biases."""
 
-    project: PlainText = "fedjax_qp"
-    entity: PlainText | None = None  # null = that of the login
+    project: Line = "fedjax_qp"
+    entity: Line | None = None  # null = that of the login
     mode: Literal["offline", "online"] = "offline"
 
 
 @dataclass(frozen=True)
 class Mlflow:
-    experiment: PlainText = "fedjax_qp"
-    uri: PlainText | None = None  # of the tracking store or server; null = mlflow.db beside the run folders
+    experiment: Line = "fedjax_qp"
+    uri: Line | None = None  # of the tracking store or server; null = mlflow.db beside the run folders
 
 
 @dataclass(frozen=True)

