@@ -5,6 +5,7 @@ Every checkpoint is a folder named after its round:
     <folder>/<round>/state          written by orbax: the leaves of the `FederatedState` by name
     <folder>/<round>/facts.json     accuracy, and the leaves of size zero
     <folder>/<round>/digests.json   of every file: orbax misses some flipped bits
+    <folder>.log                    what orbax says of a failure, if there was one
 
 Orbax's own `CheckpointManager` is not used: it refuses to save a round again after a fallback to an older one, and it
 holds up its caller twenty times longer than a copy of the state takes.
@@ -17,7 +18,6 @@ import logging
 import math
 import shutil
 import tempfile
-import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,6 +56,7 @@ class Checkpoints:
         if keep < 1:
             raise ConfigurationError(f"checkpoints: keep = {keep} is not valid: it must be 1 or more.")
         self._folder = Path(folder).absolute()
+        self._log = self._folder.with_name(f"{self._folder.name}.log")
         self._keep = keep
         self._pending: concurrent.futures.Future | None = None
         _check_writable(self._folder)
@@ -185,7 +186,7 @@ class Checkpoints:
         partial = self._folder / f"{round}{_PARTIAL}"
         filled = {name: leaf for name, leaf in leaves.items() if leaf.size}  # orbax has no arrays of size zero
         empty = {name: [leaf.dtype.name, leaf.shape] for name, leaf in leaves.items() if not leaf.size}
-        with _quiet_orbax():
+        with _logging_to(self._log):
             self._checkpointer.save(partial / "state", args=ocp.args.StandardSave(filled))
         write_json(partial / "facts.json", {"accuracy": accuracy, "empty": empty})
         digests = {path.relative_to(partial).as_posix(): _digest(path) for path in partial.rglob("*") if path.is_file()}
@@ -216,7 +217,7 @@ class Checkpoints:
                 raise ValueError(f"{name} does not match its digest")
         facts = load_json((checkpoint / "facts.json").read_bytes(), "facts.json")
         empty = {name: np.zeros(shape, jnp.dtype(dtype)) for name, (dtype, shape) in facts["empty"].items()}
-        with _quiet_orbax():
+        with _logging_to(self._log):
             filled = self._checkpointer.restore(checkpoint / "state", args=ocp.args.StandardRestore())
         return {name: np.asarray(leaf) for name, leaf in filled.items()} | empty
 
@@ -237,23 +238,28 @@ class Checkpoints:
         return None
 
 
-_quiet, _quiet_lock = 0, threading.Lock()  # how many threads are in `_quiet_orbax`
-
-
 @contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keeps orbax's tracebacks from the terminal: what went wrong comes back as an exception, and is said in one line."""
-    global _quiet
+def _logging_to(file: Path) -> Iterator[None]:
+    """Has orbax write its tracebacks to a file: what went wrong comes back as an exception, and is said in one line."""
+    handler = logging.FileHandler(file, delay=True)  # no file where there is nothing to say
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.handleError = lambda record: None  # of a full disk the exception tells
+
+    def pass_on(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        with contextlib.suppress(OSError):
+            handler.handle(record)
+        return False
+
     logger = logging.getLogger("absl")
-    with _quiet_lock:
-        _quiet += 1
-        logger.disabled = True
+    logger.addFilter(pass_on)
     try:
         yield
     finally:
-        with _quiet_lock:
-            _quiet -= 1
-            logger.disabled = _quiet > 0
+        logger.removeFilter(pass_on)
+        with contextlib.suppress(OSError):
+            handler.close()
 
 
 def _check_writable(folder: Path) -> None:

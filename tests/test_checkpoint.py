@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -320,6 +321,30 @@ def test_a_disk_that_is_full_gives_one_line_and_keeps_what_was_saved(tmp_path, c
     assert capfd.readouterr() == ("", "") and not caplog.records
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         check_equal(checkpoints.restore(make_state(0)), make_state(1))
+
+
+def test_what_orbax_says_of_a_failure_is_kept_in_a_file(tmp_path, monkeypatch, capfd, caplog):
+    def fail(*_, **__):
+        logging.getLogger("absl").error("a long traceback")
+        raise OSError("no space")
+
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.save(make_state(1), accuracy=None)
+    checkpoints.wait()
+    assert not (tmp_path / "checkpoints.log").exists()
+    monkeypatch.setattr(checkpoints._checkpointer, "save", fail)
+    checkpoints.save(make_state(2), accuracy=None)
+    with pytest.raises(ConfigurationError, match="no space"):
+        checkpoints.close()
+    assert "ERROR a long traceback" in (tmp_path / "checkpoints.log").read_text()
+    assert capfd.readouterr() == ("", "") and not caplog.records
+
+
+def test_a_logger_that_was_disabled_stays_so(tmp_path, monkeypatch):
+    logger = logging.getLogger("absl")
+    monkeypatch.setattr(logger, "disabled", True)
+    fill(tmp_path, [1, 2], keep=2)
+    assert logger.disabled and not logger.filters
 
 
 def test_a_run_that_goes_back_removes_what_came_later(three_rounds, tmp_path):
