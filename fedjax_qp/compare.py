@@ -395,14 +395,13 @@ def _distinguishing(several: list[dict[str, Any]]) -> list[str]:
 
 def table(rows: list[Row]) -> TextTable:
     """A table for the terminal; unequal settings are named below it."""
-    return TextTable(headings(rows), [cells(row, rows) for row in rows], notes=notes(rows))
+    return TextTable(*grid(rows), notes=notes(rows))
 
 
 def to_markdown(rows: list[Row]) -> str:
     """The same table in Markdown."""
     remarks = [f"- {note}" for note in notes(rows)]
-    lines = markdown_lines(headings(rows), [cells(row, rows) for row in rows])
-    return "\n".join([*lines, *([""] if remarks else []), *remarks]) + "\n"
+    return "\n".join([*markdown_lines(*grid(rows)), *([""] if remarks else []), *remarks]) + "\n"
 
 
 def markdown_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[int] = (0,)) -> list[str]:
@@ -428,17 +427,8 @@ def as_dict(value: Any) -> Any:
     return value
 
 
-def headings(rows: list[Row]) -> list[str]:
-    """The columns of the table of these rows; those in which nothing stands are left out."""
-    return _grid(rows)[0]
-
-
-def cells(row: Row, rows: list[Row]) -> list[str]:
-    """One row's text under these columns."""
-    return _grid(rows)[1][rows.index(row)]
-
-
-def _grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+def grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headings of the table of these rows, and each row's cells; columns in which nothing stands are left out."""
     first = rows[0]
     target = "" if first.reached is None else f"rounds to {100 * first.reached.target:g} %"
     baselines = [row.difference.baseline for row in rows if row.difference is not None]

@@ -66,12 +66,12 @@ def personal_summary(runs: Iterable[Run], *, baseline: str | None = None) -> lis
 
 def personal_table(rows: Sequence[PersonalRow]) -> TextTable:
     """For the terminal."""
-    return TextTable(*_grid(rows), title=f"{quantity(rows)}, mean over clients (± over seeds)")
+    return TextTable(*personal_grid(rows), title=f"{quantity(rows)}, mean over clients (± over seeds)")
 
 
 def personal_markdown(rows: Sequence[PersonalRow]) -> str:
     """The same as Markdown."""
-    return "\n".join(markdown_lines(*_grid(rows))) + "\n"
+    return "\n".join(markdown_lines(*personal_grid(rows))) + "\n"
 
 
 def personal_json(rows: Iterable[PersonalRow]) -> str:
@@ -144,17 +144,8 @@ def _common_perplexity(run: Run) -> float | None:
         return math.nan
 
 
-def personal_headings(rows: Sequence[PersonalRow]) -> list[str]:
-    """The columns of the table of these rows; those in which nothing stands are left out."""
-    return _grid(rows)[0]
-
-
-def personal_cells(row: PersonalRow, rows: Sequence[PersonalRow]) -> list[str]:
-    """One row's text under these columns."""
-    return _grid(rows)[1][list(rows).index(row)]
-
-
-def _grid(rows: Sequence[PersonalRow]) -> tuple[list[str], list[list[str]]]:
+def personal_grid(rows: Sequence[PersonalRow]) -> tuple[list[str], list[list[str]]]:
+    """The headings of the table of these rows, and each row's cells; columns in which nothing stands are left out."""
     language = rows[0].language
     unit, difference, scale = ("", " (%)", 1) if language else (" (%)", " (points)", 100)
 

@@ -25,7 +25,7 @@ from fedjax_qp import compare, strict
 from fedjax_qp import config as configuration
 from fedjax_qp import records as recorded
 from fedjax_qp.compare import Run
-from fedjax_qp.compare_personal import has_personal, personal_cells, personal_headings, personal_summary, quantity
+from fedjax_qp.compare_personal import has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.experiment import defaults
 from fedjax_qp.plots import plot_comparison, plot_run
 from fedjax_qp.records import ENDED, FAILURE
@@ -126,9 +126,10 @@ def write_report(
 def comparison(runs: list[Run], *, last: int, target: float | None, baseline: str | None) -> dict[str, Any]:
     """The parts of a page that compares runs."""
     rows = compare.summary(runs, last=last, target=target, baseline=baseline)
+    headings, cells = compare.grid(rows)
     found = {
-        "headings": compare.headings(rows),
-        "cells": [compare.cells(row, rows) for row in rows],
+        "headings": headings,
+        "cells": cells,
         "warnings": compare.notes(rows),
         "curves": _drawn(lambda path: plot_comparison(runs, path), "comparison"),
         "personal": None,
@@ -141,11 +142,12 @@ def comparison(runs: list[Run], *, last: int, target: float | None, baseline: st
     }
     if has_personal(runs):
         personal = personal_summary(runs, baseline=baseline)
+        headings, cells = personal_grid(personal)
         found["personal"] = {
             "quantity": quantity(personal),
             "difference": "per cent above the baseline" if personal[0].language else "points above the baseline",
-            "headings": personal_headings(personal),
-            "cells": [personal_cells(row, personal) for row in personal],
+            "headings": headings,
+            "cells": cells,
         }
     return found
 

@@ -8,11 +8,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fedjax_qp import compare
+from fedjax_qp import compare, compare_personal
 from fedjax_qp.compare import Spread
-from fedjax_qp.compare_personal import personal_cells, personal_headings, personal_json, personal_summary
+from fedjax_qp.compare_personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
 from fedjax_qp.records import FILE
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.tables import without_empty
 
 SETTINGS = {
     "rounds": 4,
@@ -214,7 +215,7 @@ def test_language_runs_are_judged_by_perplexity(tmp_path):
         compare.load_runs([language_run(tmp_path, s, [9.0, 4.0 + s, 5.0 + s]) for s in (0, 2)]), last=2
     )
     assert rows[0].perplexity is not None and close(rows[0].perplexity, 5.5, 2**0.5, 2)
-    assert compare.headings(rows) == [
+    assert compare.grid(rows)[0] == [
         "method",
         "seeds",
         "perplexity, last 2",
@@ -228,14 +229,14 @@ def test_a_perplexity_that_is_no_number_is_not_missing(tmp_path):
     rows = compare.summary(
         compare.load_runs([language_run(tmp_path, 0, [4.0, None]), language_run(tmp_path, 1, [4.0, 5.0])])
     )
-    assert compare.cells(rows[0], rows)[2] == "not finite"
+    assert compare.grid(rows)[1][0][2] == "not finite"
     assert json.loads(compare.to_json(rows))[0]["perplexity"]["mean"] is None
     assert "lm: seed 0: a test loss is not finite" in shown(rows) and "personal model of client 1 (round 2)" in shown(
         rows
     )
     (row,) = personal_summary(compare.load_runs([language_run(tmp_path, 2, [4.0, None])]))
     assert (
-        personal_cells(row, [row])[1] == "not finite"
+        personal_grid([row])[1][0][1] == "not finite"
         and json.loads(personal_json([row]))[0]["worst"]["aggregated"]["mean"] is None
     )
 
@@ -258,14 +259,14 @@ def test_personal_accuracies_of_images_are_compared_in_points(tmp_path):
     of_clients, change = rows[1].accuracy["aggregated"], rows[1].change["aggregated"]
     assert of_clients is not None and close(of_clients, 0.65, 0.005**0.5, 2)
     assert change is not None and close(change, 10.0, 0.0, 2)
-    assert personal_headings(rows) == [
+    assert personal_grid(rows)[0] == [
         "method",
         "aggregated (%)",
         "worst client (%)",
         "Δ aggregated (points)",
         "common test (%)",
     ]
-    assert personal_cells(rows[1], rows) == ["b", "65.00 ± 7.07", "45.00 ± 7.07", "+10.0 ± 0.00", "50.00 ± 0.00"]
+    assert personal_grid(rows)[1][1] == ["b", "65.00 ± 7.07", "45.00 ± 7.07", "+10.0 ± 0.00", "50.00 ± 0.00"]
 
 
 def test_traffic_is_a_mean_over_all_reports_of_a_run(tmp_path):
@@ -294,8 +295,19 @@ def test_no_word_is_broken_in_a_narrow_terminal(tmp_path, three_seeds_each, widt
     words = set(text.getvalue().split())
     assert {"accuracy,", "(points)", "decile"} <= words
     assert all(len(line) <= width for line in text.getvalue().splitlines())
-    for cell in compare.cells(rows[1], rows):
+    for cell in compare.grid(rows)[1][1]:
         assert cell in text.getvalue()
+
+
+@pytest.mark.parametrize("write", [compare.table, compare.to_markdown, personal_table, personal_markdown])
+def test_every_cell_is_written_once(tmp_path, monkeypatch, write):
+    """Not the whole table anew for each of its rows."""
+    runs = compare.load_runs([image_run(tmp_path, f"method {number}", 0, 0.5) for number in range(5)])
+    rows: list = compare.summary(runs) if write in (compare.table, compare.to_markdown) else personal_summary(runs)
+    module, made = (compare if isinstance(rows[0], compare.Row) else compare_personal), []
+    monkeypatch.setattr(module, "without_empty", lambda *grid: made.append(grid) or without_empty(*grid))
+    write(rows)
+    assert len(made) == 1
 
 
 def test_one_seed_is_said_in_the_terminal_too(tmp_path):

@@ -103,7 +103,8 @@ def test_the_comparison_holds_the_table_with_paired_differences(tmp_path):
     ]
     page = written(folders, tmp_path / "elsewhere" / "page.html", last=1, baseline="plain", target=0.6)
     rows = compare.summary(compare.load_runs(folders), last=1, baseline="plain", target=0.6)
-    for text in [*compare.headings(rows), *compare.cells(rows[1], rows)]:
+    headings, cells = compare.grid(rows)
+    for text in [*headings, *cells[1]]:
         assert text in page.text
     assert "+3.00 ± 0.00" in page.text and "minus plain (points)" in page.text
     assert "One seed" not in page.text
