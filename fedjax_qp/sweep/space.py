@@ -84,9 +84,7 @@ class Variant:
 class Rank:
     """What makes a trial good: the mean of a metric's last evaluations, averaged over seeds."""
 
-    metric: Annotated[Line, Field(min_length=1)] = (
-        "test_accuracy"  # a name in the records; inner ones as personal/perplexity/mean
-    )
+    metric: Line = "test_accuracy"  # a name in the records; inner ones as personal/perplexity/mean
     direction: Literal["max", "min"] | None = None  # null = max for an accuracy, min for everything else
     last: Count = 10  # evaluations
 
