@@ -20,7 +20,7 @@ class LocalState(NamedTuple):
     params: Params
     optimizer_state: PyTree
     loss_sum: Float[Array, ""]  # over all that was counted
-    counted: Int[Array, ""] | int = 0  # examples of the steps so far (target tokens of a language model)
+    counted: Int[Array, ""]  # examples of the steps so far (target tokens of a language model)
 
 
 class Upload(NamedTuple):
@@ -115,7 +115,7 @@ def mean_loss(state: LocalState) -> Float[Array, ""]:
 
 def loss_metrics(state: LocalState) -> dict[str, Array]:
     """How a client's training went, and the weight of that in a mean over clients."""
-    return {"client/loss": mean_loss(state), "client/counted": jnp.asarray(state.counted)}
+    return {"client/loss": mean_loss(state), "client/counted": state.counted}
 
 
 def client_weight(weighting: Weighting, client: Client) -> Float[Array, ""]:

@@ -26,7 +26,6 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Storage types of ordinary weights; quantised ones (integers, 8-bit floats) mean nothing without their scales.
 FLOATS = {"F64", "F32", "F16", "BF16"}
-# At most this many tensors are named in a message.
 NAMED = 4  # tensors that a message lists
 
 # The projections of a decoder layer, where Hugging Face (and PEFT after it) keeps them.
