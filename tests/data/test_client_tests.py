@@ -143,8 +143,10 @@ def _row(tree, client: int):
 def test_a_personal_method_without_client_tests_is_told_so():
     said = advice(build(made(DIRICHLET)))
     assert len(said) == 1 and "partition.test=matched" in said[0]
-    assert advice(build(made(DIRICHLET | {"test": "own"}))) == []
-    assert advice(build(made(DIRICHLET, algorithm="scaffold"))) == []  # it has memories, but serves one model
+    for kind in ("own", "matched"):
+        assert advice(build(made(DIRICHLET | {"test": kind}))) == []
+    for algorithm in ("scaffold", "moon", "fedqp"):  # they have memories, or several models, but serve one
+        assert advice(build(made(DIRICHLET, algorithm=algorithm))) == []
     (no_effect,) = advice(build(made(DIRICHLET | {"test_share": 0.5}, algorithm="fedavg")))
     assert "partition.test_share = 0.5 has no effect" in no_effect
 
