@@ -70,7 +70,7 @@ def test_no_option_takes_what_is_no_number(registry: Registry, name, option, ann
         assert all(refused(adapter, value) for value in (0, 1, "yes", "true", 1.0))
 
 
-TEXTS = ("a\0b", "a\nb", "a\tb", "\x1b[31m", "a\u2028b", "\ud800", "\x7f")
+TEXTS = (" ", "x" * 5000, "a\0b", "a\nb", "a\tb", "\x1b[31m", "a\u2028b", "\ud800", "\x7f")
 
 
 @pytest.mark.parametrize(("registry", "name", "option", "annotation"), OPTIONS)
@@ -95,8 +95,10 @@ def test_texts_of_one_line_are_taken_as_they_are():
         *, text: str = "", texts: tuple[str, ...] | str = "", bounded: Annotated[str, pydantic.Field(min_length=2)]
     ): ...
 
-    given = {"text": "", "texts": ("Größe 1", "~/a b"), "bounded": "é😀"}
+    given = {"text": "tcp://10.0.0.1:8786", "texts": ("Größe 1", "~/a b"), "bounded": "é😀"}
     assert registry.resolve("one", given) == given
+    with pytest.raises(ConfigurationError, match="text = '' must be a line of text, not empty"):
+        registry.resolve("one", {**given, "text": ""})
 
 
 def test_plain_types_get_their_meaning_at_every_depth():
