@@ -31,8 +31,7 @@ from fedjax_qp.plots import plot_comparison, plot_run
 from fedjax_qp.records import ENDED, FAILURE
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import DRIFT_LIMIT
-from fedjax_qp.run_folder import TIMES
-from fedjax_qp.together import SHARED
+from fedjax_qp.run_folder import SHARED, TIMES
 
 _FALLEN = 0.05  # of accuracy below the best: worth a warning
 _RESIDUAL = 1e-4  # of a quadratic program, relative

@@ -32,7 +32,7 @@ from fedjax_qp.federated import FederatedState
 from fedjax_qp.lanes import choose_layout
 from fedjax_qp.provenance import Provenance, provenance
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run_folder import OpenRun, begin_folder, lock_run, make_folder, restorable
+from fedjax_qp.run_folder import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
 from fedjax_qp.simulate import NonFiniteLoss, planned_without, simulate_together
 from fedjax_qp.startup import Startup
 from fedjax_qp.terminal import leave, listening
@@ -136,12 +136,13 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
         startup.done("data")
         if changed:
             console.print("resuming with a changed configuration: " + "; ".join(changed), markup=False)
-        if any(change.startswith(_LAYOUT) for change in changed):
+        settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
+        state = newest_state(settled, folder, console)
+        elsewhere = shared_its_program(folder) or any(change.startswith(_LAYOUT) for change in changed)
+        if elsewhere and 0 < int(state.round) < config.rounds:
             console.print(
                 "from here on its numbers equal those of an uninterrupted run up to rounding, not to the last bit"
             )
-        settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
-        state = newest_state(settled, folder, console)
         with processes.in_common():
             if processes.first() and (changed or settled is not experiment):
                 configuration.save(settled.config, file)

@@ -26,6 +26,7 @@ from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.simulate import Chunk, NonFiniteLoss
 from fedjax_qp.trackers import Trackers
 
+SHARED = "together.json"  # in the folder of a run that shares its program: how
 # A line a chunk: its last round, and seconds since the one before it, or since the process began it.
 TIMES = "times.jsonl"
 
@@ -100,6 +101,12 @@ def restorable(folder: Path, checkpoints: Checkpoints) -> list[int]:
             "from a backup, or delete the run's folder to compute every round again."
         )
     return covered
+
+
+def shared_its_program(folder: Path) -> bool:
+    """Whether a run was last computed in one program with others."""
+    runs = (read_mark(folder / SHARED) or {}).get("runs")
+    return type(runs) is int and runs > 1
 
 
 def read_ended(folder: Path) -> tuple[str, int] | None:

@@ -37,12 +37,11 @@ from fedjax_qp.lanes import choose_layout
 from fedjax_qp.provenance import Provenance, check_beside, provenance
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.run import Outcome, check_provenance, continue_runs, newest_state
-from fedjax_qp.run_folder import begin_folder, lock_run, make_folder, read_ended, restorable
+from fedjax_qp.run_folder import SHARED, begin_folder, lock_run, make_folder, read_ended, restorable, shared_its_program
 from fedjax_qp.startup import Startup
 from fedjax_qp.trackers import check_trackers
 
 Stop = Callable[[int, list[dict]], str | None]
-SHARED = "together.json"  # in the folder of a run that shares its program: how
 
 # Settings that reach only the plan, the records or the files of a run.
 _FREE = (
@@ -206,6 +205,18 @@ def _programs(
             level = levels.setdefault(int(state.round), _Program([], []))
             level.members.append(index)
             level.states.append(state)
+    told = {index for members in shared for index in members}
+    for done, level in levels.items():
+        moved = [
+            index
+            for index in level.members
+            if len(level.members) > 1 or shared_its_program(experiments[index].config.run_folder)
+        ]
+        if done and not told.issuperset(moved):
+            console.print(
+                f"{len(moved)} runs go on from round {done} in another program than before: from here on their numbers equal "
+                "those of uninterrupted runs up to rounding, not to the last bit"
+            )
     return [*found, *(levels[level] for level in sorted(levels))]
 
 

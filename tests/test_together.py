@@ -1,6 +1,7 @@
 """Several runs in one program are the runs they would be alone."""
 
 import dataclasses
+import io
 import json
 import shutil
 from functools import partial
@@ -174,8 +175,16 @@ def test_runs_are_continued_together_and_alone(four, tmp_path):
     assert run_together(configs, QUIET) == outcomes  # ended is ended
     for one in configs:
         (one.run_folder / "ended.json").unlink()
-    run_together(configs[:2], QUIET)
-    resume(configs[2].run_folder, console=QUIET)
+    for go_on in (
+        lambda output: run_together(configs[:2], output),
+        lambda output: resume(configs[2].run_folder, console=output),
+    ):
+        output = Console(file=io.StringIO(), width=300)
+        go_on(output)
+        assert output.file.getvalue().count("up to rounding, not to the last bit") == 1
+        output = Console(file=io.StringIO(), width=300)
+        go_on(output)
+        assert "up to rounding" not in output.file.getvalue()  # nothing is left to compute
     for one, whole in zip(configs, four, strict=False):
         np.testing.assert_allclose(losses(one.run_folder), losses(whole.run_folder), rtol=1e-4)
 
