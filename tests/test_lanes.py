@@ -13,8 +13,9 @@ from fedjax_qp.lanes import LaneTimer, choose_layout, memory_budget
 from fedjax_qp.registry import ConfigurationError
 
 
-def made(folder, *overrides):
-    return build(config.load(write(folder, algorithm="fedavg"), ["engine.lanes=auto", "engine.devices=1", *overrides]))
+def made(folder, *, devices="1"):
+    changes = ["engine.lanes=auto", f"engine.devices={devices}"]
+    return build(config.load(write(folder, algorithm="fedavg"), changes))
 
 
 def timer_of(experiment, lanes, devices=1):
@@ -77,7 +78,7 @@ def test_all_cores_or_one_device_whichever_is_faster(tmp_path, monkeypatch):
     """The rounds are said to take as long as a trial has lanes for each device: two devices with a lane each then win."""
     monkeypatch.setattr(devices, "cores", lambda: 2)
     monkeypatch.setattr(LaneTimer, "__call__", lambda timer: timer.lanes / timer.devices)
-    experiment = made(tmp_path, "engine.devices=auto")
+    experiment = made(tmp_path, devices="auto")
     assert experiment.config.engine.devices == "auto"
     choice = choose_layout([experiment])
     assert {trial.devices for trial in choice.trials} == {1, 2} and (choice.lanes, choice.devices) == (2, 2)

@@ -16,13 +16,34 @@ from fedjax_qp import config, records, terminal
 from fedjax_qp.terminal import OutlivingStream, guarded, listening
 
 
+# A signal that is ignored stays so in child processes, and whoever runs the tests in the background or with nohup ignores some.
+HEARING = """
+import os, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, "-m", "fedjax_qp", *sys.argv[1:]])
+"""
+_begun: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def no_command_left():
+    yield
+    for process in _begun:
+        process.kill()
+        process.communicate()
+    _begun.clear()
+
+
 def command(arguments: list[str], **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fedjax_qp", *arguments],
+    process = subprocess.Popen(
+        [sys.executable, "-c", HEARING, *arguments],
         stderr=subprocess.PIPE,
         text=True,
         **{"stdout": subprocess.PIPE, **options},
     )
+    _begun.append(process)
+    return process
 
 
 def wait_until_caught(process: subprocess.Popen, number: signal.Signals) -> None:
