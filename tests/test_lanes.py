@@ -13,8 +13,8 @@ from fedjax_qp.lanes import LaneTimer, choose_layout, memory_budget
 from fedjax_qp.registry import ConfigurationError
 
 
-def made(folder, *, devices="1"):
-    changes = ["engine.lanes=auto", f"engine.devices={devices}"]
+def made(folder, *overrides, devices="1"):
+    changes = ["engine.lanes=auto", f"engine.devices={devices}", *overrides]
     return build(config.load(write(folder, algorithm="fedavg"), changes))
 
 
