@@ -15,7 +15,7 @@ from test_config import REPOSITORY, write
 from fedjax_qp import config, records, terminal
 from fedjax_qp.terminal import OutlivingStream, guarded, listening
 
-# A signal that is ignored stays so in child processes, and whoever runs the tests in the background or with nohup ignores some.
+# A signal that is ignored stays so in child processes, and tests that run in the background, or with nohup, ignore some.
 HEARING = """
 import os, signal, sys
 for number in (signal.SIGINT, signal.SIGHUP):
