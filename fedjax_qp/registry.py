@@ -33,6 +33,12 @@ _USUAL = {
 _MOST_NAMES = 12  # listed in a message
 
 
+def require(condition: Any, message: str) -> None:
+    """Raises a ConfigurationError unless a condition holds."""
+    if not condition:
+        raise ConfigurationError(message)
+
+
 def unknown_name(kind: str, name: str, valid: Iterable[str], elsewhere: Iterable[str] = ()) -> ConfigurationError:
     """Returns the error for a name that does not exist.
 

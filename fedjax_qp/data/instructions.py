@@ -20,7 +20,7 @@ from jaxtyping import Int, Int32
 
 from fedjax_qp.data.package import fetch
 from fedjax_qp.data.sources import cached
-from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.registry import ConfigurationError, Registry, require
 from fedjax_qp.strict import json_decoder, read_text
 from fedjax_qp.values import shown
 
@@ -82,7 +82,7 @@ def records(*, files: tuple[str, ...] | str, test_file: str | None = None, limit
     Raises:
       ConfigurationError: a file is missing, empty or no JSON, or a record lacks a key or an answer; names file and line.
     """
-    _require(limit is None or limit >= 1, f"limit = {limit} must be at least 1, or null for all records.")
+    require(limit is None or limit >= 1, f"limit = {limit} must be at least 1, or null for all records.")
     test_path = None if test_file is None else Path(os.path.expanduser(test_file))
     paths = _expand((files,) if isinstance(files, str) else files, test_path)
     by_file = [_read(path, limit) for path in paths]
@@ -128,16 +128,16 @@ def _expand(files: Iterable[str], test_path: Path | None) -> list[Path]:
             found += matches
             continue
         matches = [file for file in matches if test_path is None or file.resolve() != test_path.resolve()]
-        _require(
+        require(
             bool(matches),
             f"files: {shown(given)} is no file, no folder with .json or .jsonl files and no pattern that finds files (from "
             f"{Path.cwd()}). Give the path of your records.",
         )
         found += sorted(matches, key=_natural_order)
-    _require(bool(found), "files is empty: name at least one file, folder or pattern.")
+    require(bool(found), "files is empty: name at least one file, folder or pattern.")
     uses = Counter(path.resolve() for path in [*found, *([] if test_path is None else [test_path])])
     path, count = uses.most_common(1)[0]
-    _require(count == 1, f"files: {path} is given {count} times (as a file to train on or to test on); name it once.")
+    require(count == 1, f"files: {path} is given {count} times (as a file to train on or to test on); name it once.")
     return found
 
 
@@ -157,7 +157,7 @@ def _natural_order(path: Path) -> list:
 
 def _read(path: Path, limit: int | None) -> list[Record]:
     found = list(itertools.islice(_parse(read_text(path), str(path)), limit and min(limit, sys.maxsize)))
-    _require(bool(found), f"{path} holds no records; it must be a JSON list of objects, or JSON lines.")
+    require(bool(found), f"{path} holds no records; it must be a JSON list of objects, or JSON lines.")
     return found
 
 
@@ -197,35 +197,35 @@ def _values(text: str, name: str) -> Iterator[tuple[int, Any]]:
                 f"{name}: in a list, one comma stands between two records and none at its end; look after the record that "
                 f"begins on line {line}."
             )
-    _require(not in_list or text[place:].strip() == "]", f"{name}: the list ends amiss; is the file whole?")
+    require(not in_list or text[place:].strip() == "]", f"{name}: the list ends amiss; is the file whole?")
 
 
 def _record(value: Any, where: str) -> Record:
     """Checks one record and names its parts in our way."""
     keys = "needed are `instruction` and `output` (or `response`); `input` (or `context`) and `category` are optional"
-    _require(isinstance(value, dict), f"{where}: this is {type(value).__name__}, not an object; {keys}.")
+    require(isinstance(value, dict), f"{where}: this is {type(value).__name__}, not an object; {keys}.")
     all_keys = shown(list(value))[1:-1] or "none"
 
     def part(*names: str, default: str | None = None) -> str:
         there = [name for name in names if name in value]
         given = f"it has the keys {all_keys}"
-        _require(len(there) < 2, f"{where}: {' and '.join(there)} mean the same, give one; {given}.")
+        require(len(there) < 2, f"{where}: {' and '.join(there)} mean the same, give one; {given}.")
         if not there:
-            _require(default is not None, f"{where}: {' or '.join(names)} is missing; {given}; {keys}.")
+            require(default is not None, f"{where}: {' or '.join(names)} is missing; {given}; {keys}.")
             return default or ""
         text = value[there[0]]
-        _require(isinstance(text, str), f"{where}: {there[0]} = {shown(text)} must be a string; {given}; {keys}.")
+        require(isinstance(text, str), f"{where}: {there[0]} = {shown(text)} must be a string; {given}; {keys}.")
         check_characters(text, f"{where}: {there[0]}")
         return text
 
     response, instruction = part("response", "output"), part("instruction")
     context, category = part("context", "input", default=""), part("category", default="")
-    _require(
+    require(
         not _blank(response),
         f"{where}: the response is empty, so there is nothing to learn from it. Remove the record or give it an answer; "
         f"it has the keys {all_keys}.",
     )
-    _require(
+    require(
         not _blank(instruction),
         f"{where}: the instruction is empty. Remove the record, or put what it asks for there; it has the keys {all_keys}.",
     )
@@ -280,8 +280,3 @@ def _fetch_demo() -> bytes:
     )
     names = (f"data/{DEMO_FILE}",)
     return fetch("alpaca_demo", DEMO_PACKAGE, DEMO_VERSION, names, sha256=DEMO_SHA256, remedy=remedy)[0]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigurationError(message)

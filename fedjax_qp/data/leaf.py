@@ -18,7 +18,7 @@ from jaxtyping import Int
 from fedjax_qp.data.characters import WINDOW, character_dataset, character_sources, codes
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.sources import Dataset, build_dataset, cached, sources
-from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.registry import ConfigurationError, require
 from fedjax_qp.strict import load_json, read_text
 from fedjax_qp.values import shown
 
@@ -83,7 +83,7 @@ def _read(source: str, folder: str, convert: Convert) -> tuple[Examples, Example
         part: sorted(root / part / name for name in glob("*.json", root_dir=root / part)) for part in ("train", "test")
     }
     for part, found in files.items():
-        _require(
+        require(
             bool(found),
             f"data source {source!r}: no JSON files in {root / part}; folder = {folder!r} must hold LEAF's folders train and "
             "test, which its preprocess.sh makes (with -t sample).",
@@ -95,7 +95,7 @@ def _read(source: str, folder: str, convert: Convert) -> tuple[Examples, Example
             users = [pair for file in found for pair in _users(file, convert)]
             _require_once([user for user, _ in users], root / part)
             filled = [examples for _, examples in users if len(examples.labels)]
-            _require(bool(filled), f"data source {source!r}: the files in {root / part} hold no examples.")
+            require(bool(filled), f"data source {source!r}: the files in {root / part} hold no examples.")
             arrays[f"{part}_inputs"], arrays[f"{part}_labels"] = (
                 np.concatenate(parts) for parts in zip(*filled, strict=True)
             )
@@ -118,23 +118,23 @@ def _users(file: Path, convert: Convert) -> list[tuple[str, Examples]]:
     """The users of one file with their examples."""
     content = load_json(read_text(file), str(file))
     keys = shown(list(content)) if isinstance(content, dict) else type(content).__name__
-    _require(
+    require(
         isinstance(content, dict) and all(key in content for key in KEYS),
         f"{file} holds {keys}; LEAF's files have the keys {', '.join(KEYS)}.",
     )
     users, sizes, data = (content[key] for key in KEYS)
     lists = isinstance(users, list) and isinstance(sizes, list) and len(users) == len(sizes)
-    _require(
+    require(
         lists and all(isinstance(user, str) for user in users) and isinstance(data, dict),
         f"{file}: users (strings) and num_samples must be lists of one length, and user_data an object.",
     )
     hierarchies = content.get("hierarchies") or users
-    _require(
+    require(
         isinstance(hierarchies, list) and len(hierarchies) == len(users),
         f"{file}: hierarchies, where it is given, must be a list as long as users ({len(users)}).",
     )
     unlisted = data.keys() - set(users)
-    _require(
+    require(
         not unlisted,
         f"{file}: user_data holds {len(unlisted)} users whom the list users lacks, such as "
         f"{shown(min(unlisted, default=''))}; their examples would be lost.",
@@ -147,12 +147,12 @@ def _users(file: Path, convert: Convert) -> list[tuple[str, Examples]]:
 
 def _of_user(entry: Any, size: Any, where: str, convert: Convert) -> Examples:
     keys = shown(list(entry)) if isinstance(entry, dict) else type(entry).__name__
-    _require(
+    require(
         isinstance(entry, dict) and isinstance(entry.get("x"), list) and isinstance(entry.get("y"), list),
         f"{where}: user_data holds {keys}; it needs the lists x and y.",
     )
     x, y = entry["x"], entry["y"]
-    _require(
+    require(
         len(x) == len(y) == size,
         f"{where}: num_samples is {shown(size)}, but x has {len(x)} entries and y {len(y)}.",
     )
@@ -162,18 +162,16 @@ def _of_user(entry: Any, size: Any, where: str, convert: Convert) -> Examples:
 def _images(x: list, y: list, where: str) -> Examples:
     for number, image in enumerate(x):
         length = len(image) if isinstance(image, list) else type(image).__name__
-        _require(
-            length == SIDE**2, f"{where}: x[{number}] has {length} values; an image has {SIDE}×{SIDE} = {SIDE**2}."
-        )
+        require(length == SIDE**2, f"{where}: x[{number}] has {length} values; an image has {SIDE}×{SIDE} = {SIDE**2}.")
     try:
         pixels = np.asarray(x) if x else np.zeros((0, SIDE**2))
     except ValueError:  # lists among the numbers
         pixels = np.asarray(None)
-    _require(
+    require(
         pixels.dtype.kind in "iuf" and pixels.shape == (len(x), SIDE**2), f"{where}: x must hold numbers, nothing else."
     )
     outside = pixels[~((pixels >= 0) & (pixels <= 1))]
-    _require(not outside.size, f"{where}: x holds {outside[:1]}; values must be between 0 and 1.")
+    require(not outside.size, f"{where}: x holds {outside[:1]}; values must be between 0 and 1.")
     for number, label in enumerate(y):
         if type(label) is not int or not 0 <= label < len(LETTERS):
             raise ConfigurationError(
@@ -197,13 +195,8 @@ def _windows(x: list, y: list, where: str) -> Examples:
 def _require_once(users: list[str], folder: Path) -> None:
     seen = set()
     for user in users:
-        _require(
+        require(
             user not in seen,
             f"{folder}: the user {shown(user)} is listed twice; every user must stand in one file, once.",
         )
         seen.add(user)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigurationError(message)

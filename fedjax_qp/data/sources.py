@@ -29,7 +29,7 @@ from PIL import Image
 
 from fedjax_qp.cache import cache_folder
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
+from fedjax_qp.registry import ConfigurationError, Registry, require, unknown_name
 from fedjax_qp.values import shown
 
 sources = Registry("data source")
@@ -81,21 +81,21 @@ def build_dataset(
     """
     examples = [_checked(name, *pair) for name, pair in (("train", train), ("test", test))]
     shape, test_shape = (part.inputs.shape[1:] for part in examples)
-    _require(shape == test_shape, f"training images {shape} and test images {test_shape} must have the same shape.")
+    require(shape == test_shape, f"training images {shape} and test images {test_shape} must have the same shape.")
     found = np.unique(np.concatenate([part.labels for part in examples]))
     largest = int(found[-1])
-    _require(
+    require(
         classes > 0 or len(names) > 0 or largest < max(100, 10 * len(found)),
         f"the largest label is {largest}, but only {len(found)} different labels occur. Number the classes from 0 without "
         "gaps, or name every class (class_names).",
     )
     known = f"{len(names)} classes (as many as class_names has)" if names and not classes else f"{classes} classes"
     classes = classes or len(names) or largest + 1
-    _require(largest < classes, f"a label is {largest}; with {known} labels are 0 … {classes - 1}.")
-    _require(len(names) in (0, classes), f"{len(names)} class names for {classes} classes; name all or none.")
+    require(largest < classes, f"a label is {largest}; with {known} labels are 0 … {classes - 1}.")
+    require(len(names) in (0, classes), f"{len(names)} class names for {classes} classes; name all or none.")
     if client_ids is not None:
         kind, expected = client_ids.dtype.kind, examples[0].labels.shape
-        _require(
+        require(
             client_ids.shape == expected and kind in "iuUS",
             f"client_ids is {client_ids.dtype} {client_ids.shape}; it must be integers or strings of shape {expected}.",
         )
@@ -103,7 +103,7 @@ def build_dataset(
     half = (0.5,) * shape[-1]
     ends = [(int(part.inputs.min()), int(part.inputs.max())) for part in examples]  # a pass over all images
     for name, pixels in zip(("train", "test"), ends, strict=True):
-        _require(
+        require(
             pixels != (0, 1),
             f"{name} images have the pixels 0 and 1 only; they must be bytes, 0 … 255: multiply them by 255.",
         )
@@ -121,22 +121,22 @@ def check_dataset(dataset: Dataset) -> None:
     """
     for name, part in (("train", dataset.train), ("test", dataset.test)):
         inputs, labels = (np.asarray(array) for array in part)
-        _require(
+        require(
             labels.ndim == 1 and 0 < len(labels) == len(inputs),
             f"the data source returned {len(inputs)} {name} inputs with labels {labels.shape}; every input needs one label, "
             "and at least one input is needed.",
         )
         _check_codes(f"{name} labels", labels, dataset.classes)
         if inputs.dtype.kind == "f":
-            _require(np.isfinite(inputs).all(), f"the data source returned {name} inputs that are NaN or infinite.")
+            require(np.isfinite(inputs).all(), f"the data source returned {name} inputs that are NaN or infinite.")
         elif dataset.mean is None:
             _check_codes(f"{name} inputs", inputs, dataset.classes)
     ids, expected = np.asarray(dataset.client_ids), np.shape(dataset.train.labels)
-    _require(
+    require(
         dataset.client_ids is None or ids.shape == expected,
         f"the data source returned client_ids {ids.shape}; their shape must be {expected}, that of the training labels.",
     )
-    _require(
+    require(
         dataset.client_ids is None or ids.dtype.kind in "iuUS",
         f"the data source returned client_ids {ids.dtype}; they must be integers or strings.",
     )
@@ -144,25 +144,25 @@ def check_dataset(dataset: Dataset) -> None:
 
 def _check_codes(name: str, codes: np.ndarray, classes: int) -> None:
     allowed = f"with {classes} classes they must be integers from 0 to {classes - 1}."
-    _require(codes.dtype.kind in "iu", f"the data source returned {name} {codes.dtype}; {allowed}")
+    require(codes.dtype.kind in "iu", f"the data source returned {name} {codes.dtype}; {allowed}")
     least, largest = int(codes.min()), int(codes.max())
-    _require(least >= 0 and largest < classes, f"the data source returned {name} from {least} to {largest}; {allowed}")
+    require(least >= 0 and largest < classes, f"the data source returned {name} from {least} to {largest}; {allowed}")
 
 
 def _checked(name: str, inputs: np.ndarray, labels: np.ndarray) -> Examples:
-    _require(
+    require(
         inputs.dtype == np.uint8 and inputs.ndim in (3, 4),
         f"{name} images are {inputs.dtype} {inputs.shape}; they must be uint8 (raw pixels, 0 … 255; the model scales "
         "them) of shape [N, H, W] or [N, H, W, C].",
     )
-    _require(
+    require(
         labels.dtype.kind in "iu" and labels.shape == inputs.shape[:1] and len(labels) > 0,
         f"{name} labels are {labels.dtype} {labels.shape} for {len(inputs)} images; they must be integers, one an "
         "image, and at least one.",
     )
-    _require(0 not in inputs.shape, f"{name} images are {inputs.shape}; height, width and channels must be at least 1.")
+    require(0 not in inputs.shape, f"{name} images are {inputs.shape}; height, width and channels must be at least 1.")
     for label in (int(labels.min()), int(labels.max())):
-        _require(
+        require(
             0 <= label < MOST_CLASSES,
             f"{name} has the label {label}; labels count from 0 (-1 is unlabelled data) and are below {MOST_CLASSES}.",
         )
@@ -191,11 +191,6 @@ def _notes_on_classes(parts: list[Examples], classes: int) -> Iterator[str]:
         yield f"{unknown} of {tested.sum()} test examples are of classes without training examples: nothing teaches them"
     if untested := int((tested == 0).sum() - (tested[absent] == 0).sum()):
         yield f"{untested} of {classes} classes are trained but have no test examples: no test shows what is learnt of them"
-
-
-def _require(condition: bool | np.bool_, message: str) -> None:
-    if not condition:
-        raise ConfigurationError(message)
 
 
 @sources.register
@@ -312,20 +307,20 @@ def arrays(*, path: str) -> Dataset:
     pairs = [(f"{part}_inputs", f"{part}_labels") for part in ("train", "test")]
     missing = ", ".join(key for pair in pairs for key in pair if key not in content)
     held = textwrap.shorten(", ".join(content) or "nothing", 200, placeholder=" …")
-    _require(not missing, f"data source 'arrays': {file} lacks {missing}; it holds {held}.")
+    require(not missing, f"data source 'arrays': {file} lacks {missing}; it holds {held}.")
     train, test = ((content[inputs], content[labels]) for inputs, labels in pairs)
     names = _class_names(content["class_names"]) if "class_names" in content else ()
     return build_dataset(train, test, names=names, client_ids=content.get("client_ids"))
 
 
 def _class_names(names: np.ndarray) -> tuple[str, ...]:
-    _require(
+    require(
         names.dtype.kind == "U" and names.ndim == 1 and len(names) > 0,
         f"class_names is {names.dtype} {names.shape}; it must be strings, one a class.",
     )
     different, uses = np.unique(names, return_counts=True)
     twice = different[uses.argmax()]
-    _require(uses.max() == 1, f"class_names has {shown(str(twice))} {uses.max()} times; names must differ.")
+    require(uses.max() == 1, f"class_names has {shown(str(twice))} {uses.max()} times; names must differ.")
     return tuple(names.tolist())
 
 
@@ -419,8 +414,8 @@ def _read_splits(tfds: ModuleType, directory: Path, splits: tuple, label: str | 
     info, content = builder.info, {}
     image, label = _image_and_label(tfds, info, label)
     depth, classes = np.dtype(info.features[image].np_dtype), info.features[label].num_classes
-    _require(depth == np.uint8, f"{info.name} has {depth} images; only uint8 can be read.")
-    _require(
+    require(depth == np.uint8, f"{info.name} has {depth} images; only uint8 can be read.")
+    require(
         classes is not None and 1 <= classes <= MOST_CLASSES,
         f"{info.name} states {classes} classes for {label!r}; there must be 1 to {MOST_CLASSES}.",
     )
@@ -448,7 +443,7 @@ def _image_and_label(tfds: ModuleType, info: Any, label: str | None) -> tuple[st
         images = [key for key in images if key in info.supervised_keys] or images
         labels = [key for key in labels if key in info.supervised_keys] or labels
     labels = labels if label is None else [label]
-    _require(
+    require(
         len(images) == len(labels) == 1,
         f"{info.name} is no plain image-classification set: it has the image features {images} and the class labels "
         f"{labels}, but needs one of each, or the option `label` to choose one.",
@@ -462,7 +457,7 @@ def _decode_split(source: Any, image: str, label: str, channels: int) -> tuple[n
     Threads make it slower: decoding small images is bound by Python, not by the decompression.
     """
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
-    _require(channels in modes, f"the images have {channels} channels; 1, 3 or 4 can be read.")
+    require(channels in modes, f"the images have {channels} channels; 1, 3 or 4 can be read.")
     mode = modes[channels]
     images, labels, identifiers = [], [], []
     for begin in range(0, len(source), 1000):
@@ -471,7 +466,7 @@ def _decode_split(source: Any, image: str, label: str, channels: int) -> tuple[n
             labels.append(example[label])
             identifiers.append(example.get("id"))
     shapes = {array.shape for array in images}
-    _require(len(shapes) == 1, f"images must have one shape, not {sorted(shapes)[:3]}; resize them before.")
+    require(len(shapes) == 1, f"images must have one shape, not {sorted(shapes)[:3]}; resize them before.")
     order = _original_order(identifiers)
     pixels = np.stack(images)[order]
     return pixels.reshape(*pixels.shape[:3], channels), np.asarray(labels)[order]
