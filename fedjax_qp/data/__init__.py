@@ -3,11 +3,12 @@
 from fedjax_qp.data import leaf, shakespeare  # noqa: F401  (they register themselves)
 from fedjax_qp.data.characters import character_sources
 from fedjax_qp.data.client_tests import match, own_counts
+from fedjax_qp.data.dataset import Dataset, check_dataset
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.instructions import Instructions, Record, Records, instruction_sources
 from fedjax_qp.data.partition import check_partition, hold_out, partitions
 from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
-from fedjax_qp.data.sources import Dataset, check_dataset, sources
+from fedjax_qp.data.sources import sources
 from fedjax_qp.data.statistics import PartitionSummary, label_counts, plot_partition, print_table, summary
 from fedjax_qp.data.templates import render, tokenise
 

@@ -3,8 +3,8 @@
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from fedjax_qp.data.dataset import Dataset
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.data.sources import Dataset
 from fedjax_qp.registry import Registry
 
 character_sources = Registry("text source")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, Int32
 
+from fedjax_qp.data.cached import cached
 from fedjax_qp.data.package import fetch
-from fedjax_qp.data.sources import cached
 from fedjax_qp.registry import ConfigurationError, Registry, require
 from fedjax_qp.strict import json_decoder, read_text
 from fedjax_qp.values import shown

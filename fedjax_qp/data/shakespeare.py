@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from fedjax_qp.data.cached import cached
 from fedjax_qp.data.characters import WINDOW, character_dataset, character_sources, windows
+from fedjax_qp.data.dataset import Dataset
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.data.package import fetch
-from fedjax_qp.data.sources import Dataset, cached
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.strict import read_text
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from fedjax_qp.data import Dataset, Examples, check_dataset, partitions, sources
+from fedjax_qp.data.cached import cached
 from fedjax_qp.registry import ConfigurationError
 
 # The package's attribute `sources` is the registry, hence the lookup by name.
@@ -302,7 +303,7 @@ def test_arrays_of_the_wrong_kind(tmp_path):
 
 def test_an_archive_larger_than_the_memory_is_refused(tmp_path, monkeypatch):
     np.savez(tmp_path / "mine.npz", **content())
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**8))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**8))
     with pytest.raises(ConfigurationError, match="holds 0.0 GiB, but only 0.0 GiB of memory are free"):
         sources.build("arrays", path=str(tmp_path / "mine.npz"))
 
@@ -371,11 +372,11 @@ def test_cache_reads_once(cache_folder):
         return {"a": np.arange(5), "names": np.array(["x", "yz"])}
 
     for _ in range(2):
-        result = module.cached("set", "version 1", read)
+        result = cached("set", "version 1", read)
         assert list(result) == ["a", "names"] and result["names"].tolist() == ["x", "yz"]
     assert len(calls) == 1 and len(list(cache_folder.iterdir())) == 1
-    module.cached("set", "version 2", read)
-    module.cached("other", "version 1", read)
+    cached("set", "version 2", read)
+    cached("other", "version 1", read)
     assert len(calls) == 3 and len(list(cache_folder.iterdir())) == 3
 
 
@@ -383,7 +384,7 @@ def test_every_damage_to_a_cache_file_is_repaired_or_harmless(cache_folder):
     def read():
         return {"a": np.arange(40), "b": np.arange(3)}
 
-    module.cached("set", "", read)
+    cached("set", "", read)
     (file,) = cache_folder.iterdir()
     intact = file.read_bytes()
     rng = np.random.default_rng(0)
@@ -395,7 +396,7 @@ def test_every_damage_to_a_cache_file_is_repaired_or_harmless(cache_folder):
         file.write_bytes(attempt)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            result = module.cached("set", "", read)
+            result = cached("set", "", read)
         rebuilt += len(caught)
         assert all("is damaged" in str(warning.message) for warning in caught)
         np.testing.assert_array_equal(result["a"], np.arange(40))
@@ -410,23 +411,23 @@ def test_a_cache_that_cannot_be_written_only_warns(tmp_path, monkeypatch, name):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FEDJAX_QP_CACHE", str(tmp_path / name))
     with pytest.warns(UserWarning, match="is not cached in .* set FEDJAX_QP_CACHE"):
-        assert module.cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+        assert cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
 
 
 def test_the_cache_refuses_pickles(cache_folder):
-    module.cached("set", "", lambda: {"a": np.arange(2)})
+    cached("set", "", lambda: {"a": np.arange(2)})
     (file,) = cache_folder.iterdir()
     np.savez(file, a=np.array([{"pickled": True}]))
     with pytest.warns(UserWarning, match="damaged"):
-        assert module.cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+        assert cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
 
 
 def test_a_header_of_an_absurd_size_in_the_cache(cache_folder):
-    module.cached("set", "", lambda: {"a": np.arange(2)})
+    cached("set", "", lambda: {"a": np.arange(2)})
     (file,) = cache_folder.iterdir()
     members(file, ("a.npy", npy({"descr": "|u1", "fortran_order": False, "shape": (10**13, 8)})))
     with pytest.warns(UserWarning, match="damaged"):
-        assert module.cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
+        assert cached("set", "", lambda: {"a": np.arange(2)})["a"].tolist() == [0, 1]
 
 
 def test_a_missing_package_is_named(monkeypatch):
