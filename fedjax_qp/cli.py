@@ -2,14 +2,12 @@
 
 import contextlib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from inspect import signature
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -17,10 +15,11 @@ from rich.markup import escape
 
 from fedjax_qp import __version__
 from fedjax_qp import config as configuration
+from fedjax_qp.arguments import understood
 from fedjax_qp.cache import keep_programs
 from fedjax_qp.catalogue import check_names
 from fedjax_qp.instruments.settings import Settings, What
-from fedjax_qp.registry import ConfigurationError, nearest_names, unknown_name
+from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.terminal import guarded
 
 # What help calls them. Their defaults are said in words where they are no values.
@@ -436,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
-            args=_understood(arguments),
+            args=understood(arguments, COMMANDS),
             prog="fedjax-qp",
             description="Simulates federated learning; --version says which one this is.",
             config=(tyro.conf.DisallowNone,),
@@ -445,71 +444,3 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 2
     sys.exit(status)
-
-
-def _understood(arguments: list[str]) -> list[str]:
-    """The arguments with seeds as the parser wants them.
-
-    Raises:
-      ConfigurationError: there is no such command or option, and what was meant is named; or an option is given twice.
-    """
-    if not arguments or arguments[0].startswith("-"):
-        return arguments
-    name, *rest = arguments
-    if name not in COMMANDS:
-        raise unknown_name("command", name, COMMANDS)
-    options = _options(COMMANDS[name])
-    found = set()
-    for place, argument in enumerate(rest):
-        if not argument.startswith("--"):
-            continue
-        option, equals, value = argument.removeprefix("--").partition("=")
-        known = option.replace("-", "_")
-        if known not in options:
-            raise _unknown_option(name, option, value if equals else "".join(rest[place + 1 : place + 2]), options)
-        positive = known.removeprefix("no_")
-        if positive in found:  # the parser takes the last one
-            raise ConfigurationError(f"--{option} is given twice: keep one.")
-        found.add(positive)
-    return [name, *_with_seeds_apart(rest)] if name == "run" else arguments
-
-
-def _options(command: Callable) -> set[str]:
-    """The names of a command's options, with those of the groups of options that it takes."""
-    found = {"help", "tyro_print_completion", "tyro_write_completion"}
-    hints = get_type_hints(command)
-    for parameter in signature(command).parameters.values():
-        kind = hints[parameter.name]
-        inner = {field.name: field.type for field in fields(kind)} if is_dataclass(kind) else {parameter.name: kind}
-        found |= inner.keys() | {f"no_{name}" for name, of_what in inner.items() if of_what is bool}
-    return found
-
-
-def _unknown_option(command: str, option: str, value: str, options: set[str]) -> ConfigurationError:
-    """Settings are not options: `--rounds 10` is meant to be `rounds=10`."""
-    meant = [f"--{one.replace('_', '-')}" for one in nearest_names(option.replace("-", "_"), sorted(options))]
-    if "overrides" in options:
-        value = value if value and not value.startswith("-") else "…"
-        meant = [
-            f"{one}={value}" for one in nearest_names(option.replace("-", "_"), configuration.every_name())
-        ] + meant
-    hint = f" Did you mean {' or '.join(meant[:3])}?" if meant else ""
-    rule = " Settings are written key=value, without dashes." if "overrides" in options else ""
-    return ConfigurationError(
-        f"`fedjax-qp {command}` has no option --{option}.{hint}{rule} See fedjax-qp {command} --help."
-    )
-
-
-def _with_seeds_apart(arguments: list[str]) -> list[str]:
-    """`--seeds=0,1` and `--seeds 0,1` as `--seeds 0 1`, and settings that follow the seeds before them."""
-    places = [place for place, one in enumerate(arguments) if one.partition("=")[0] == "--seeds"]
-    if not places:
-        return arguments
-    start = places[0]
-    end = next(
-        (place for place in range(start + 1, len(arguments)) if arguments[place].startswith("--")), len(arguments)
-    )
-    given = [arguments[start].partition("=")[2], *arguments[start + 1 : end]]
-    settings = [one for one in given if "=" in one]
-    seeds = [seed for one in given if "=" not in one for seed in re.split("[, ]+", one) if seed]
-    return [*arguments[:start], *settings, "--seeds", *seeds, *arguments[end:]]
