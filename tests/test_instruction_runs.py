@@ -8,85 +8,33 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="needs the extra `language`")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
-from rich.console import Console  # noqa: E402
-from test_run import start, wait_for_rounds  # noqa: E402
+from rich.console import Console
+from small_instructions import SMALL, instruction_settings, write_instructions
+from test_run import start, wait_for_rounds
 
-from fedjax_qp import compare, config, records  # noqa: E402
-from fedjax_qp.adapters import answer, client_params, export_clients  # noqa: E402
-from fedjax_qp.cli import main  # noqa: E402
-from fedjax_qp.compare_personal import has_personal, personal_json, personal_markdown, personal_summary  # noqa: E402
-from fedjax_qp.engine import evaluation  # noqa: E402
-from fedjax_qp.experiment import build  # noqa: E402
-from fedjax_qp.models.llama import LlamaConfig, initial_weights  # noqa: E402
-from fedjax_qp.models.peft import import_adapter  # noqa: E402
-from fedjax_qp.models.pretrained import save_weights  # noqa: E402
-from fedjax_qp.registry import ConfigurationError  # noqa: E402
-from fedjax_qp.run import restore, resume, run  # noqa: E402
+from fedjax_qp import compare, config, records
+from fedjax_qp.adapters import answer, client_params, export_clients
+from fedjax_qp.cli import main
+from fedjax_qp.compare_personal import has_personal, personal_json, personal_markdown, personal_summary
+from fedjax_qp.engine import evaluation
+from fedjax_qp.experiment import build
+from fedjax_qp.models.peft import import_adapter
+from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.run import restore, resume, run
 
-WORDS = "name,say,count,colour,animal,number,red,green,blue,cat,dog,owl,one,two,three,please,a,the,of,and".split(",")  # noqa: SIM905
-SMALL = LlamaConfig(
-    vocabulary=64,
-    width=16,
-    layers=2,
-    heads=2,
-    key_value_heads=1,
-    head_size=8,
-    hidden=32,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    norm_epsilon=1e-5,
-    tied=True,
-)
 ENTRIES = 2 * 2 * ((16 + 16) + (16 + 8))  # layers · rank · (in + out) of q_proj and v_proj, rank 2
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with a model, its tokenizer and three files of records."""
-    folder = tmp_path_factory.mktemp("instructions")
-    save_weights(folder / "model", SMALL, initial_weights(SMALL, jax.random.key(0)))
-    vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "model" / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "unk_token": "<unk>"}
-    (folder / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
-    generator = np.random.default_rng(0)
-    for client in range(3):
-        lines = [
-            {
-                "instruction": " ".join(generator.choice(WORDS, 4)),
-                "output": " ".join(generator.choice(WORDS[6 + 3 * client : 9 + 3 * client], 5)),
-            }
-            for _ in range(12 + 4 * client)
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (folder / f"client_{client}.jsonl").write_text(text)
-    return folder
-
-
-def settings(place, **changes) -> dict:
-    return {
-        "name": "tiny",
-        "rounds": 2,
-        "folder": str(place / "runs"),
-        "data": {"name": "records", "files": str(place / "client_*.jsonl")},
-        "partition": "natural",
-        "model": {"name": "pretrained", "path": str(place / "model"), "rank": 2, "alpha": 4},
-        "algorithm": {"name": "perfit", "warm_up": 1, "prunings": 2, "score_batches": 1},
-        "text": {"template": "short", "cut_off": 24, "test_records": 4},
-        "local": {"optimizer": "adamw", "learning_rate": 0.01, "epochs": 1, "batch_size": 2},
-        "participation": {"cohort": 3},
-        "engine": {"lanes": 2, "rounds_per_chunk": 1},
-        "evaluation": {"batch_size": 4},
-        **changes,
-    }
+    return write_instructions(tmp_path_factory.mktemp("instructions"))
 
 
 def made(place, **changes) -> config.Config:
-    return config.from_dict(settings(place, **changes))
+    return config.from_dict(instruction_settings(place, **changes))
 
 
 @pytest.fixture(scope="module")
