@@ -24,13 +24,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedjax_qp import compare as comparison
 from fedjax_qp import config as configuration
-from fedjax_qp import records
 from fedjax_qp.cache import keep_programs
-from fedjax_qp.plots import plot_comparison
-from fedjax_qp.run import Outcome
-from fedjax_qp.together import run_together
+from fedjax_qp.reports import compare as comparison
+from fedjax_qp.reports.plots import plot_comparison
+from fedjax_qp.runs import records
+from fedjax_qp.runs.run import Outcome
+from fedjax_qp.runs.together import run_together
 
 TUNE = {
     "fedavgm": [

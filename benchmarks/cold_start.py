@@ -21,8 +21,8 @@ from statistics import median
 
 from measure import write_rows
 
-from fedjax_qp.records import FILE
-from fedjax_qp.startup import FILE as STARTUP
+from fedjax_qp.runs.records import FILE
+from fedjax_qp.runs.startup import FILE as STARTUP
 
 SHORT_ROUNDS = ["engine.rounds_per_chunk=1", "local.epochs=1", "local.maximum_steps=2"]
 SHORT_ROUNDS += ["rounds=1000000", "evaluation.every=1000000"]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedjax_qp import compare as comparison
 from fedjax_qp import config as configuration
 from fedjax_qp.cache import keep_programs
-from fedjax_qp.plots import plot_comparison
-from fedjax_qp.run import resume, run
+from fedjax_qp.reports import compare as comparison
+from fedjax_qp.reports.plots import plot_comparison
+from fedjax_qp.runs.run import resume, run
 
 FOLDER = "runs/first-look"
 METHODS = {

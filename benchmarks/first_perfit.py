@@ -13,13 +13,13 @@ from first_look import finished_or_run
 from rich.console import Console
 from rich.markup import escape
 
-from fedjax_qp import compare as comparison
-from fedjax_qp.adapters import answer, client_params, language_of
 from fedjax_qp.cache import keep_programs
-from fedjax_qp.compare_personal import personal_summary, personal_table
 from fedjax_qp.engine.evaluation import evaluate
 from fedjax_qp.federated import Params
-from fedjax_qp.run import restore
+from fedjax_qp.reports import compare as comparison
+from fedjax_qp.reports.personal import personal_summary, personal_table
+from fedjax_qp.runs.export import answer, client_params, language_of
+from fedjax_qp.runs.run import restore
 
 FOLDER = "runs/first-perfit"
 METHODS = {"FedIT": ["algorithm=fedit"], "PerFIT": []}

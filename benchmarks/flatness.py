@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.console import Console
 
-from fedjax_qp import compare as comparison
 from fedjax_qp.instruments.inspection import inspect_checkpoint, numbers_file
 from fedjax_qp.instruments.settings import Settings, What
 from fedjax_qp.instruments.subject import InspectedRun, load, open_run
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.reports import compare as comparison
 
 WHAT: tuple[What, ...] = ("sharpness", "curvature", "conflict", "fairness")
 COLUMNS = {  # what the table shows, of all that the CSV file holds

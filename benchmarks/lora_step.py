@@ -21,10 +21,10 @@ from measure import in_turn, paired_ratio, write_rows
 
 from fedjax_qp.algorithms.local import LocalState, local_training, mean_loss
 from fedjax_qp.algorithms.sparse import masked_training
-from fedjax_qp.data.sequences import Sequences
+from fedjax_qp.data.text.sequences import Sequences
 from fedjax_qp.federated import Batch
-from fedjax_qp.models import gguf
-from fedjax_qp.models.adapted import AdaptedModel, pretrained
+from fedjax_qp.models.language import gguf
+from fedjax_qp.models.language.adapted import AdaptedModel, pretrained
 
 RANK, ALPHA, LEARNING_RATE = 8, 16.0, 1e-3
 TARGETS = ("q_proj", "v_proj")

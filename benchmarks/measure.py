@@ -15,9 +15,9 @@ import numpy as np
 
 from fedjax_qp.config import Config
 from fedjax_qp.engine import Engine
+from fedjax_qp.engine.plan import Plan
 from fedjax_qp.experiment import Experiment, build, environment, first_state, start_engine
-from fedjax_qp.plan import Plan
-from fedjax_qp.simulate import chunk_plan
+from fedjax_qp.runs.loop import chunk_plan
 
 
 class TimedRounds:

@@ -16,7 +16,7 @@ from measure import TimedRounds, write_rows
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import build, with_layout
-from fedjax_qp.lanes import LaneTimer, sampled_steps
+from fedjax_qp.runs.autotune import LaneTimer, sampled_steps
 
 LANES = (1, 2, 3, 5, 10)
 

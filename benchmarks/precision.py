@@ -14,7 +14,7 @@ from measure import write_rows
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import build
-from fedjax_qp.simulate import simulate
+from fedjax_qp.runs.loop import simulate
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 

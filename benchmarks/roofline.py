@@ -36,8 +36,9 @@ from measure import write_rows
 
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.federated import Batch, Model, Params
-from fedjax_qp.models import classifier, gguf, models
-from fedjax_qp.models.adapted import pretrained
+from fedjax_qp.models import classifier, models
+from fedjax_qp.models.language import gguf
+from fedjax_qp.models.language.adapted import pretrained
 from fedjax_qp.models.registry import character_models
 
 CLASSES, LEARNING_RATE = 10, 0.01

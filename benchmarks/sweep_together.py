@@ -25,13 +25,13 @@ from measure import write_rows
 from rich.console import Console
 
 from fedjax_qp import config as configuration
-from fedjax_qp import records
 from fedjax_qp.config import Config
-from fedjax_qp.devices import settle
+from fedjax_qp.engine.devices import settle
 from fedjax_qp.experiment import build
-from fedjax_qp.lanes import choose_layout
-from fedjax_qp.run import run
-from fedjax_qp.together import groups, run_together
+from fedjax_qp.runs import records
+from fedjax_qp.runs.autotune import choose_layout
+from fedjax_qp.runs.run import run
+from fedjax_qp.runs.together import groups, run_together
 
 RATES, ALPHAS, SEEDS = (0.003, 0.01, 0.02, 0.03), (0.25, 0.5, 1.0, 2.0), (0, 1, 2)
 SETTINGS = [

@@ -1,6 +1,6 @@
 """`python -m fedjax_qp` is `fedjax-qp`: both are guarded before anything else is imported."""
 
-from fedjax_qp.terminal import guarded
+from fedjax_qp.console.terminal import guarded
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ from rich.markup import escape
 
 from fedjax_qp import __version__
 from fedjax_qp import config as configuration
-from fedjax_qp.arguments import understood
 from fedjax_qp.cache import keep_programs
-from fedjax_qp.catalogue import check_names
+from fedjax_qp.console.arguments import understood
+from fedjax_qp.console.terminal import guarded
 from fedjax_qp.instruments.settings import Settings, What
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.terminal import guarded
+from fedjax_qp.settings.catalogue import check_names
 
 # What help calls them. Their defaults are said in words where they are no values.
 Positional = tyro.conf.Positional
@@ -72,11 +72,11 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
       several: processes of one run.
     """
     configs = _configs(config, overrides, seeds)
-    from fedjax_qp import processes
     from fedjax_qp.experiment import check, resolve
-    from fedjax_qp.run import run as start
-    from fedjax_qp.simulate import NonFiniteLoss
-    from fedjax_qp.together import run_together
+    from fedjax_qp.runs import processes
+    from fedjax_qp.runs.loop import NonFiniteLoss
+    from fedjax_qp.runs.run import run as start
+    from fedjax_qp.runs.together import run_together
 
     processes.join(**asdict(several))
     console = processes.console()
@@ -124,9 +124,9 @@ def resume(run: RunFolder, overrides: Overrides = (), *, several: Joining = ALON
     """
     if (run / "config.yaml").is_file():
         configuration.load(run / "config.yaml", list(overrides))
-    from fedjax_qp import processes
-    from fedjax_qp.run import resume as go_on
-    from fedjax_qp.simulate import NonFiniteLoss
+    from fedjax_qp.runs import processes
+    from fedjax_qp.runs.loop import NonFiniteLoss
+    from fedjax_qp.runs.run import resume as go_on
 
     processes.join(**asdict(several))
     try:
@@ -186,15 +186,15 @@ def compare(
       output: files are written to this path with the endings .md, .json and .png.
     """
     _check_comparison(runs, last, target)
-    from fedjax_qp import compare as comparison
-    from fedjax_qp.compare_personal import (
+    from fedjax_qp.reports import compare as comparison
+    from fedjax_qp.reports.personal import (
         has_personal,
         personal_json,
         personal_markdown,
         personal_summary,
         personal_table,
     )
-    from fedjax_qp.plots import plot_comparison
+    from fedjax_qp.reports.plots import plot_comparison
 
     loaded = comparison.load_runs(list(runs))
     rows = comparison.summary(loaded, last=last, target=target, baseline=baseline)
@@ -254,7 +254,7 @@ def report(
       baseline: name of the method that paired differences are taken to.
     """
     _check_comparison(runs, last, target)
-    from fedjax_qp.report import write_report
+    from fedjax_qp.reports.html import write_report
 
     output = output or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
     with _writing(output):
@@ -304,8 +304,8 @@ def adapters(run: RunFolder, *, output: Output = None, view: Literal["aggregated
       output: where the folders go; default `adapters` in the run's folder.
       view: as after the last aggregation, or as the client left its own training.
     """
-    from fedjax_qp.adapters import export_clients
-    from fedjax_qp.run import restore
+    from fedjax_qp.runs.export import export_clients
+    from fedjax_qp.runs.run import restore
 
     experiment, state = restore(run)
     written = export_clients(experiment, state, output or run / "adapters", view)
@@ -338,9 +338,9 @@ def answer(
         )
     if new_tokens < 1 or (client is not None and client < 0):
         raise ConfigurationError(f"--new-tokens {new_tokens} must be at least 1, and --client at least 0.")
-    from fedjax_qp.adapters import answer as answers_of
-    from fedjax_qp.adapters import client_params, language_of
-    from fedjax_qp.run import restore
+    from fedjax_qp.runs.export import answer as answers_of
+    from fedjax_qp.runs.export import client_params, language_of
+    from fedjax_qp.runs.run import restore
 
     experiment, state = restore(run)
     params = client_params(experiment, state, client, view)
@@ -379,7 +379,7 @@ def memory(
         flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from fedjax_qp.memory import measure, memory_table, on_a_mesh
+    from fedjax_qp.runs.footprint import measure, memory_table, on_a_mesh
 
     clients = loaded.participation.cohort if clients is None else clients
     found = measure(loaded, clients=clients, sequences_per_client=sequences_per_client)
@@ -401,7 +401,7 @@ def list_parts(what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] =
       what: algorithms, data, partitions, models, all; a name such as fedqp; or a group of settings that belong to none of
         them, such as local, engine or evaluation.
     """
-    from fedjax_qp.listing import listing
+    from fedjax_qp.console.listing import listing
 
     console = Console()
     for item in listing(what, width=min(console.width, 120)):

@@ -17,10 +17,10 @@ import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from fedjax_qp import strict
 from fedjax_qp.files import write_whole
 from fedjax_qp.registry import MOST_REASONS, ConfigurationError, reason, unknown_name
-from fedjax_qp.values import (
+from fedjax_qp.settings import strict
+from fedjax_qp.settings.values import (
     Count,
     Finite,
     Line,

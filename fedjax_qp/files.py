@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.strict import load_json
+from fedjax_qp.settings.strict import load_json
 
 _PARTIAL = ".partial"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pydantic
 
-from fedjax_qp.values import checkable, shown
+from fedjax_qp.settings.values import checkable, shown
 
 
 class ConfigurationError(ValueError):

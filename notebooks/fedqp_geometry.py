@@ -30,10 +30,11 @@ from IPython.display import Image, display
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from fedjax_qp import config, quadratic, records
+from fedjax_qp import config, quadratic
 from fedjax_qp.instruments.inspection import inspect_runs, side_by_side
 from fedjax_qp.instruments.settings import Settings
-from fedjax_qp.run import run
+from fedjax_qp.runs import records
+from fedjax_qp.runs.run import run
 
 # %% [markdown]
 # ## Two layers

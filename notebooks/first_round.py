@@ -32,7 +32,7 @@ from fedjax_qp import config
 from fedjax_qp.data import print_table, summary
 from fedjax_qp.experiment import build, first_state
 from fedjax_qp.federated import Batch, Client, round_keys
-from fedjax_qp.simulate import chunk_plan, simulate
+from fedjax_qp.runs.loop import chunk_plan, simulate
 
 settings = {
     "name": "notebook",

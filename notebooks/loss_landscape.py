@@ -32,7 +32,7 @@ from rich.console import Console
 from fedjax_qp import config
 from fedjax_qp.instruments.inspection import inspect_runs, numbers_file, side_by_side
 from fedjax_qp.instruments.settings import Settings
-from fedjax_qp.run import run
+from fedjax_qp.runs.run import run
 
 settings = {
     "rounds": 20,

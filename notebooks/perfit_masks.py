@@ -42,10 +42,10 @@ from fedjax_qp import config
 from fedjax_qp.data import instruction_sources
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import Batch
-from fedjax_qp.models import lora
-from fedjax_qp.models.llama import LlamaConfig, initial_weights
-from fedjax_qp.models.pretrained import save_weights
-from fedjax_qp.simulate import simulate
+from fedjax_qp.models.language import lora
+from fedjax_qp.models.language.llama import LlamaConfig, initial_weights
+from fedjax_qp.models.language.pretrained import save_weights
+from fedjax_qp.runs.loop import simulate
 
 records = instruction_sources.build("alpaca_demo").train.records
 texts = [f"{record.instruction} {record.context} {record.response}" for record in records]

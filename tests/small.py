@@ -19,6 +19,7 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
 from fedjax_qp.data import sources
 from fedjax_qp.engine import Engine, PersonalTests, TestSet, cut_test_set, make_engine
+from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
 from fedjax_qp.federated import (
     PREPARATION,
     Algorithm,
@@ -33,7 +34,6 @@ from fedjax_qp.federated import (
 )
 from fedjax_qp.models import models
 from fedjax_qp.models.classifier import classifier
-from fedjax_qp.plan import Plan, Workload, plan_chunk
 
 CLIENTS, COHORT, BATCH, ROUNDS = 12, 5, 8, 2
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import tokenizers
 
-from fedjax_qp.models.llama import LlamaConfig, initial_weights
-from fedjax_qp.models.pretrained import save_weights
+from fedjax_qp.models.language.llama import LlamaConfig, initial_weights
+from fedjax_qp.models.language.pretrained import save_weights
 
 WORDS = "name,say,count,colour,animal,number,red,green,blue,cat,dog,owl,one,two,three,please,a,the,of,and".split(",")  # noqa: SIM905
 SMALL = LlamaConfig(

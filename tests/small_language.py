@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import optax
 
-from fedjax_qp.data.sequences import Sequences
+from fedjax_qp.data.text.sequences import Sequences
 from fedjax_qp.engine import PersonalTests, cut_test_set
 from fedjax_qp.federated import Model
-from fedjax_qp.models.language import language_model
-from fedjax_qp.models.llama import LlamaConfig, initial_weights
+from fedjax_qp.models.language.llama import LlamaConfig, initial_weights
+from fedjax_qp.models.language.model import language_model
 
 VOCABULARY, LENGTH, RANK = 32, 16, 2
 SIZES = [3, 20, 8, 14, 5, 11, 4, 17]

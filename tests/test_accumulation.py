@@ -8,8 +8,8 @@ from small import digits, small_engine, small_model, small_state, worst_differen
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
+from fedjax_qp.engine.plan import Workload, plan_chunk
 from fedjax_qp.experiment import build, local_optimizer
-from fedjax_qp.plan import Workload, plan_chunk
 from fedjax_qp.registry import ConfigurationError
 
 SIZES = [16, 32, 24, 16, 8, 40, 16, 16, 8, 8, 16, 8]

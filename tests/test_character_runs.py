@@ -7,7 +7,7 @@ import pytest
 from fedjax_qp import config
 from fedjax_qp.experiment import build
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.simulate import simulate
+from fedjax_qp.runs.loop import simulate
 
 
 @pytest.fixture

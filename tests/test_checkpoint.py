@@ -19,9 +19,9 @@ import numpy as np
 import optax
 import pytest
 
-from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.federated import FederatedState, Params
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.checkpoint import Checkpoints
 
 
 class Server(NamedTuple):
@@ -235,7 +235,7 @@ PROGRAM = """
 import itertools, os, signal, sys, time
 from pathlib import Path
 import numpy as np
-from fedjax_qp.checkpoint import Checkpoints
+from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.federated import FederatedState
 
 def save_rounds(folder, rounds, after_save=lambda round: None):

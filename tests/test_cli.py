@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from test_config import SMALL, write
 
-from fedjax_qp import catalogue, cli, config
-from fedjax_qp.devices import cores
+from fedjax_qp import cli, config
+from fedjax_qp.console.listing import listing
+from fedjax_qp.engine.devices import cores
 from fedjax_qp.experiment import check, registries, resolve
-from fedjax_qp.listing import listing
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.settings import catalogue
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -65,7 +66,7 @@ def test_slips_are_understood(capsys, arguments, message):
     "seeds", [["--seeds=0,1"], ["--seeds", "0,1"], ["--seeds", "0", "1"], ["--seeds", "0", "rounds=2", "1"]]
 )
 def test_seeds_may_be_separated_by_commas_and_followed_by_settings(tmp_path, monkeypatch, seeds):
-    import fedjax_qp.together as together
+    import fedjax_qp.runs.together as together
 
     started = []
     monkeypatch.setattr(together, "run_together", lambda configs, console: started.extend(configs) or [])
@@ -93,7 +94,7 @@ def test_options_that_all_partitions_have_are_set_on_the_command_line(tmp_path, 
         started.append(one.partition.options)
         raise SystemExit
 
-    monkeypatch.setattr("fedjax_qp.run.run", start)
+    monkeypatch.setattr("fedjax_qp.runs.run.run", start)
     with pytest.raises(SystemExit):
         cli.main(["run", str(write(tmp_path)), "partition.test=matched", "partition.test_share=0.3", "algorithm=ditto"])
     assert started[0]["test"] == "matched" and started[0]["test_share"] == 0.3
@@ -121,7 +122,7 @@ def test_a_typo_is_named_also_where_the_folder_holds_a_run(tmp_path, capsys, ove
 @pytest.mark.parametrize("command", ["compare", "report"])
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch, command):
     (tmp_path / "file").write_text("")
-    import fedjax_qp.compare as comparison
+    import fedjax_qp.reports.compare as comparison
 
     if command == "compare":
         monkeypatch.setattr(comparison, "load_runs", lambda runs: [])
@@ -190,9 +191,7 @@ def test_neither_jax_nor_matplotlib_nor_scipy_is_loaded_in_vain(arguments, statu
 
 
 def test_comparing_loads_no_jax():
-    script = (
-        "import sys, fedjax_qp.compare, fedjax_qp.compare_personal, fedjax_qp.plots; sys.exit('jax' in sys.modules)"
-    )
+    script = "import sys; from fedjax_qp.reports import compare, personal, plots; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY).returncode == 0
 
 

@@ -8,12 +8,13 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fedjax_qp import compare, compare_personal
-from fedjax_qp.compare import Spread
-from fedjax_qp.compare_personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
-from fedjax_qp.records import FILE
+from fedjax_qp.console.tables import without_empty
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.tables import without_empty
+from fedjax_qp.reports import compare
+from fedjax_qp.reports import personal as compare_personal
+from fedjax_qp.reports.compare import Spread
+from fedjax_qp.reports.personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
+from fedjax_qp.runs.records import FILE
 
 SETTINGS = {
     "rounds": 4,

@@ -29,8 +29,8 @@ from small import (
 )
 
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.engine.plan import IDLE, Lanes, Plan
 from fedjax_qp.federated import Batch, FederatedState, init_state
-from fedjax_qp.plan import IDLE, Lanes, Plan
 
 cases = pytest.mark.parametrize("case", CASES)
 LANGUAGE = [case for case in CASES if CASES[case].language]

@@ -15,8 +15,8 @@ from small import (
     worst_difference,
 )
 
-from fedjax_qp.engine.examples import HostExamples
-from fedjax_qp.plan import IDLE
+from fedjax_qp.engine.host_data import HostExamples
+from fedjax_qp.engine.plan import IDLE
 
 
 @pytest.mark.parametrize(

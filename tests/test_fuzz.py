@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from test_config import SMALL
 
-from fedjax_qp import catalogue, config
+from fedjax_qp import config
 from fedjax_qp.experiment import check, registries, resolve
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.settings import catalogue
 
 HOSTILE: tuple[Any, ...] = (
     *(math.nan, math.inf, -math.inf, -1, -0.5, 0, 10**30, 1e300, 10**5000, True, None),

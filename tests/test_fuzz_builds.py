@@ -22,10 +22,11 @@ import pytest
 import yaml
 from test_fuzz import OPTIONS, SETTINGS, found_in, same
 
-from fedjax_qp import catalogue, config, strict
+from fedjax_qp import config
+from fedjax_qp.engine.plan import client_steps, sample_cohort
 from fedjax_qp.experiment import Experiment, build, resolve
-from fedjax_qp.plan import client_steps, sample_cohort
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.settings import catalogue, strict
 
 PATIENCE = 20  # seconds
 LONGEST = 500  # characters of a message

@@ -21,25 +21,18 @@ import numpy as np
 import pytest
 
 from fedjax_qp import config as configuration
-from fedjax_qp.data import (
-    character_sources,
-    check_dataset,
-    check_partition,
-    instruction_sources,
-    partitions,
-    sources,
-)
-from fedjax_qp.data.characters import WINDOW, codes
+from fedjax_qp.data import character_sources, check_dataset, check_partition, instruction_sources, partitions, sources
+from fedjax_qp.data.text.characters import WINDOW, codes
 from fedjax_qp.experiment import resolve
 from fedjax_qp.registry import ConfigurationError
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
-from fedjax_qp.models.gguf import import_gguf  # noqa: E402
-from fedjax_qp.models.llama import LlamaConfig, initial_weights  # noqa: E402
-from fedjax_qp.models.pretrained import load_weights, read_config  # noqa: E402
-from fedjax_qp.models.tokenizer import load_tokenizer  # noqa: E402
+from fedjax_qp.models.language.gguf import import_gguf  # noqa: E402
+from fedjax_qp.models.language.llama import LlamaConfig, initial_weights  # noqa: E402
+from fedjax_qp.models.language.pretrained import load_weights, read_config  # noqa: E402
+from fedjax_qp.models.language.tokenizer import load_tokenizer  # noqa: E402
 
 PATIENCE = 20  # seconds
 LONGEST = 500  # characters of a message, apart from the path of the test's folder

@@ -14,15 +14,17 @@ from rich.console import Console
 from small_instructions import SMALL, instruction_settings, write_instructions
 from test_run import start, wait_for_rounds
 
-from fedjax_qp import compare, config, records
-from fedjax_qp.adapters import answer, client_params, export_clients
+from fedjax_qp import config
 from fedjax_qp.cli import main
-from fedjax_qp.compare_personal import has_personal, personal_json, personal_markdown, personal_summary
 from fedjax_qp.engine import evaluation
 from fedjax_qp.experiment import build
-from fedjax_qp.models.peft import import_adapter
+from fedjax_qp.models.language.peft import import_adapter
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import restore, resume, run
+from fedjax_qp.reports import compare
+from fedjax_qp.reports.personal import has_personal, personal_json, personal_markdown, personal_summary
+from fedjax_qp.runs import records
+from fedjax_qp.runs.export import answer, client_params, export_clients
+from fedjax_qp.runs.run import restore, resume, run
 
 ENTRIES = 2 * 2 * ((16 + 16) + (16 + 8))  # layers · rank · (in + out) of q_proj and v_proj, rank 2
 

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from test_config import SMALL
 
-from fedjax_qp.checkpoint import Checkpoints
+from fedjax_qp.runs.checkpoint import Checkpoints
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from test_config import write
 
-from fedjax_qp import config, devices, lanes
-from fedjax_qp.engine import bytes_needed
+from fedjax_qp import config
+from fedjax_qp.engine import bytes_needed, devices
 from fedjax_qp.experiment import build, with_layout
-from fedjax_qp.lanes import LaneTimer, choose_layout, memory_budget
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import autotune as lanes
+from fedjax_qp.runs.autotune import LaneTimer, choose_layout, memory_budget
 
 
 def made(folder, *overrides, devices="1"):

@@ -5,10 +5,11 @@ import json
 import pytest
 import yaml
 
-from fedjax_qp import config, memory
+from fedjax_qp import config
 from fedjax_qp.cli import main
-from fedjax_qp.memory import measure
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import footprint as memory
+from fedjax_qp.runs.footprint import measure
 
 LAYERS, WIDTH, VOCABULARY, HIDDEN, RANK = 2, 16, 32, 24, 2
 CLIENTS, SEQUENCES, LENGTH, TESTS = 6, 5, 8, 2

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedjax_qp import records
-from fedjax_qp.compare import load_runs
 from fedjax_qp.data import sources
-from fedjax_qp.data.instructions import _read
 from fedjax_qp.data.partition import _check_index
-from fedjax_qp.models import gguf, models, pretrained_config, rotary
+from fedjax_qp.data.text.instructions import _read
+from fedjax_qp.models import models
+from fedjax_qp.models.language import gguf, pretrained_config, rotary
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.strict import read_text
+from fedjax_qp.reports.compare import load_runs
+from fedjax_qp.runs import records
+from fedjax_qp.settings.strict import read_text
 
 LONG, HUGE = "a\nb" * 10_000, 10**5000  # a text of many lines, a number that Python does not write out
 

@@ -14,11 +14,11 @@ from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
 from fedjax_qp.engine import Devices, cut_test_set, make_engine, make_program
+from fedjax_qp.engine.plan import Workload, plan_chunk
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import init_state
-from fedjax_qp.models.language import language_model
-from fedjax_qp.models.llama import LlamaConfig, initial_weights, split_axes
-from fedjax_qp.plan import Workload, plan_chunk
+from fedjax_qp.models.language.llama import LlamaConfig, initial_weights, split_axes
+from fedjax_qp.models.language.model import language_model
 from fedjax_qp.registry import ConfigurationError
 
 BASE = LlamaConfig(

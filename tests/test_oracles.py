@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from small import digits, small_algorithm, small_engine, small_model, small_plan, small_state
 
+from fedjax_qp.engine.plan import IDLE
 from fedjax_qp.federated import Cohort, round_keys
-from fedjax_qp.plan import IDLE
 
 pytestmark = pytest.mark.oracle
 ROUNDS = 3

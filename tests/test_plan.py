@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_qp.config import Local, Participation
-from fedjax_qp.federated import Preparation
-from fedjax_qp.plan import (
+from fedjax_qp.engine.plan import (
     IDLE,
     Workload,
     client_batches,
@@ -18,6 +17,7 @@ from fedjax_qp.plan import (
     sample_cohort,
     steps_bound,
 )
+from fedjax_qp.federated import Preparation
 
 
 def workload(

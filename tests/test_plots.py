@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from fedjax_qp import plots
-from fedjax_qp.compare import Run
+from fedjax_qp.reports import plots
+from fedjax_qp.reports.compare import Run
 
 
 def made_run(name: str, seed: int, rounds: int) -> Run:

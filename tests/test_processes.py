@@ -11,11 +11,12 @@ import pytest
 from test_config import write
 from test_run import final_state, quiet, wait_for_rounds
 
-from fedjax_qp import config, processes, records
+from fedjax_qp import config
 from fedjax_qp.experiment import build
 from fedjax_qp.locks import lock_folder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import run
+from fedjax_qp.runs import processes, records
+from fedjax_qp.runs.run import run
 
 
 def settings(devices: int, rounds: int) -> list[str]:
@@ -70,8 +71,8 @@ def test_a_process_among_several_hears_its_signals():
     """JAX's notice of preemption would swallow SIGTERM, by which a cluster asks a run to end."""
     script = """
 import os, signal, socket, time
-from fedjax_qp import processes
-from fedjax_qp.terminal import guarded
+from fedjax_qp.runs import processes
+from fedjax_qp.console.terminal import guarded
 
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedjax_qp import records
+from fedjax_qp.engine.plan import Lanes, Plan, Preparations
 from fedjax_qp.federated import Cohort
-from fedjax_qp.plan import Lanes, Plan, Preparations
-from fedjax_qp.records import Recorder, chunk_records, nonfinite_clients
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import records
+from fedjax_qp.runs.records import Recorder, chunk_records, nonfinite_clients
 
 SHARES = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]])  # four clients, two classes
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from test_compare import made_run
 
-from fedjax_qp import compare
 from fedjax_qp.cli import main
 from fedjax_qp.experiment import defaults
-from fedjax_qp.records import FILE
-from fedjax_qp.report import run_page, run_warnings, write_report
+from fedjax_qp.reports import compare
+from fedjax_qp.reports.html import run_page, run_warnings, write_report
+from fedjax_qp.runs.records import FILE
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> --> $\\frac{'
 

@@ -17,14 +17,15 @@ import pytest
 from rich.console import Console
 from test_config import write
 
-from fedjax_qp import cli, config, records
-from fedjax_qp.checkpoint import Checkpoints
+from fedjax_qp import cli, config
 from fedjax_qp.experiment import advice, build, first_state
 from fedjax_qp.locks import lock_folder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import resume, run
-from fedjax_qp.simulate import NonFiniteLoss, chunk_bounds, simulate
-from fedjax_qp.together import run_together
+from fedjax_qp.runs import records
+from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.loop import NonFiniteLoss, chunk_bounds, simulate
+from fedjax_qp.runs.run import resume, run
+from fedjax_qp.runs.together import run_together
 
 
 def final_state(folder: Path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.strict import load_json, load_yaml, read_text
+from fedjax_qp.settings.strict import load_json, load_yaml, read_text
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from test_config import REPOSITORY, write
 
-from fedjax_qp import config, records, terminal
-from fedjax_qp.terminal import OutlivingStream, guarded, listening
+from fedjax_qp import config
+from fedjax_qp.console import terminal
+from fedjax_qp.console.terminal import OutlivingStream, guarded, listening
+from fedjax_qp.runs import records
 
 # A signal that is ignored stays so in child processes, and tests that run in the background, or with nohup, ignore some.
 HEARING = """
@@ -162,7 +164,7 @@ def test_a_listener_that_fails_ends_the_process():
     """Its thread must not die alone, after which no signal would be heard."""
     script = """
 import os, signal, time
-from fedjax_qp.terminal import guarded, listening
+from fedjax_qp.console.terminal import guarded, listening
 
 def fail(name):
     raise RuntimeError("no console")

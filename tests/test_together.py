@@ -16,17 +16,18 @@ from small import CASES, ROUNDS, federation_of, small_state, small_work, worst_d
 from test_config import write
 from test_contract import assert_agree, reference
 
-from fedjax_qp import config, records
+from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config
 from fedjax_qp.engine import Data, Devices, Runs, make_shared_engine
 from fedjax_qp.engine.chunk import run_chunks
+from fedjax_qp.engine.plan import plan_together
 from fedjax_qp.experiment import build, first_state, join_states
-from fedjax_qp.plan import plan_together
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import resume, run
-from fedjax_qp.together import groups, run_together
+from fedjax_qp.runs import records
+from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.run import resume, run
+from fedjax_qp.runs.together import groups, run_together
 
 QUIET = Console(quiet=True)
 

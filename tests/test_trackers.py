@@ -17,11 +17,12 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 from test_config import write
 
-from fedjax_qp import config, records, trackers
+from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import resume, run
-from fedjax_qp.together import groups
-from fedjax_qp.trackers import Trackers, check_trackers
+from fedjax_qp.runs import records, trackers
+from fedjax_qp.runs.run import resume, run
+from fedjax_qp.runs.together import groups
+from fedjax_qp.runs.trackers import Trackers, check_trackers
 
 
 def made_records(first: int, last: int) -> list[dict]:
@@ -108,7 +109,7 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 
 from fedjax_qp import config
-from fedjax_qp.trackers import Trackers
+from fedjax_qp.runs.trackers import Trackers
 from test_trackers import made_records
 
 folder, problems = Path(sys.argv[1]), []
@@ -211,7 +212,7 @@ import json, socket, sys, time
 from pathlib import Path
 
 from fedjax_qp import config
-from fedjax_qp.trackers import Trackers
+from fedjax_qp.runs.trackers import Trackers
 from test_trackers import made_records
 
 folder, found = Path(sys.argv[1]), {}
@@ -302,7 +303,7 @@ def made(monkeypatch):
     for name, value in {"breaks_at": None, "opened": [], "rounds": [], "ends": []}.items():
         monkeypatch.setattr(Made, name, value)
     monkeypatch.setattr(trackers, "WandbTracker", Made)
-    monkeypatch.setattr("fedjax_qp.run.check_trackers", lambda config: None)
+    monkeypatch.setattr("fedjax_qp.runs.run.check_trackers", lambda config: None)
     return Made
 
 

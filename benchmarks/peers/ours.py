@@ -18,8 +18,8 @@ from exchange import Block, Workload, serve
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import Experiment, build, environment, first_state, start_engine, with_layout
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.lanes import choose_layout
-from fedjax_qp.simulate import chunk_bounds, chunk_plan
+from fedjax_qp.runs.autotune import choose_layout
+from fedjax_qp.runs.loop import chunk_bounds, chunk_plan
 
 
 def pick_layout(experiment: Experiment) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from jaxtyping import PyTree
 
 from fedjax_qp import config as configuration
 from fedjax_qp.data import sources
+from fedjax_qp.engine.plan import client_batches, sample_cohort
 from fedjax_qp.experiment import Experiment, build, first_state
 from fedjax_qp.federated import Params
-from fedjax_qp.plan import client_batches, sample_cohort
 from fedjax_qp.registry import ConfigurationError
 
 NEVER = 10**6  # rounds between evaluations: nobody evaluates, so that only training is compared

@@ -21,7 +21,7 @@ from pydantic import Field
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Weighting, client_weight, local_training, loss_metrics
 from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
-from fedjax_qp.models import lora
+from fedjax_qp.models.language import lora
 from fedjax_qp.registry import is_zero
 
 Mix = Annotated[float, Field(ge=0, le=1)]

@@ -17,7 +17,7 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, Weighting, add, local_training, mean_update, report
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
 from fedjax_qp.registry import is_zero
-from fedjax_qp.values import Probability
+from fedjax_qp.settings.values import Probability
 
 
 class Server(NamedTuple):

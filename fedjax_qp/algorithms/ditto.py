@@ -22,7 +22,7 @@ from fedjax_qp.algorithms.adapters import entry_metrics
 from fedjax_qp.algorithms.averaging import Server, averaging
 from fedjax_qp.algorithms.local import LocalState, Weighting, local_training, mean_loss
 from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
-from fedjax_qp.models import lora
+from fedjax_qp.models.language import lora
 
 
 class DittoMemory(NamedTuple):

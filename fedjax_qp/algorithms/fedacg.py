@@ -17,7 +17,7 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.averaging import Server, averaging
 from fedjax_qp.algorithms.local import Weighting
 from fedjax_qp.federated import Algorithm, Cohort, Model, Params
-from fedjax_qp.values import Probability
+from fedjax_qp.settings.values import Probability
 
 
 @algorithms.register

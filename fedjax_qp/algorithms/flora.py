@@ -23,7 +23,7 @@ from fedjax_qp.algorithms.adapters import AdapterMemory, Expansion, bytes_of, en
 from fedjax_qp.algorithms.local import LocalState, Weighting, client_weight, local_training
 from fedjax_qp.algorithms.ranks import stacked
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
-from fedjax_qp.models import lora
+from fedjax_qp.models.language import lora
 
 
 class FloraServer(NamedTuple):

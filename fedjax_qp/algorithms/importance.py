@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from fedjax_qp.models.lora import Adapters
+from fedjax_qp.models.language.lora import Adapters
 
 
 def taylor_scores(adapters: PyTree, gradient: PyTree) -> Float[Array, "P"]:

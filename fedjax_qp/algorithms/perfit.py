@@ -29,7 +29,7 @@ from fedjax_qp.algorithms.importance import by_rank, flatten, keep_top, schedule
 from fedjax_qp.algorithms.local import LocalState, LocalTraining, Weighting, client_weight
 from fedjax_qp.algorithms.sparse import Level, check_levels, masked_training
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params, Preparation
-from fedjax_qp.models import lora
+from fedjax_qp.models.language import lora
 from fedjax_qp.registry import ConfigurationError
 
 Search = Literal["taylor", "taylor_ranks", "random", "common_random"]

@@ -12,7 +12,7 @@ from fedjax_qp.algorithms.adapters import entry_metrics, training_metrics
 from fedjax_qp.algorithms.local import LocalState
 from fedjax_qp.algorithms.sparse import check_levels, masked_training
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
-from fedjax_qp.models import lora
+from fedjax_qp.models.language import lora
 
 
 class RankServer(NamedTuple):

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from fedjax_qp.algorithms.local import LocalState, LocalTraining, local_training
 from fedjax_qp.federated import Batch, Model
-from fedjax_qp.models import lora
+from fedjax_qp.models.language import lora
 from fedjax_qp.registry import ConfigurationError
 
 Level = Annotated[float, Field(gt=0)]

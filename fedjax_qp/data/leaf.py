@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Int
 
 from fedjax_qp.data.cached import cached
-from fedjax_qp.data.characters import WINDOW, character_dataset, character_sources, codes
 from fedjax_qp.data.dataset import Dataset, build_dataset
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.data.sources import sources
+from fedjax_qp.data.images.sources import sources
+from fedjax_qp.data.text.characters import WINDOW, character_dataset, character_sources, codes
 from fedjax_qp.registry import ConfigurationError, require
-from fedjax_qp.strict import load_json, read_text
-from fedjax_qp.values import shown
+from fedjax_qp.settings.strict import load_json, read_text
+from fedjax_qp.settings.values import shown
 
 SIDE = 28  # pixels of FEMNIST's images
 LETTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase

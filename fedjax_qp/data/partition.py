@@ -16,8 +16,8 @@ from pydantic import Field
 
 from fedjax_qp.data.client_tests import client_tests
 from fedjax_qp.registry import ConfigurationError, Registry
-from fedjax_qp.strict import load_json, read_text
-from fedjax_qp.values import shown
+from fedjax_qp.settings.strict import load_json, read_text
+from fedjax_qp.settings.values import shown
 
 partitions = Registry("partition", common=client_tests)
 

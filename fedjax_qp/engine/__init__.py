@@ -15,7 +15,7 @@ group of lanes may have several devices that share the frozen weights (see `layo
 
 from fedjax_qp.engine.chunk import Method, Runs
 from fedjax_qp.engine.evaluation import PersonalTests, TestSet, cut_client_tests, cut_test_set
-from fedjax_qp.engine.layout import (
+from fedjax_qp.engine.mesh import (
     AXIS,
     Data,
     Devices,

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from fedjax_qp.engine.arrays import of, zeros
 from fedjax_qp.engine.clients import prepare_clients, run_clients
 from fedjax_qp.engine.evaluation import PersonalTests, TestSet, evaluate, evaluate_clients
+from fedjax_qp.engine.plan import Lanes, Plan, Preparations
 from fedjax_qp.federated import Algorithm, FederatedState, Model, federated_round
-from fedjax_qp.plan import Lanes, Plan, Preparations
 
 Method = Callable[[Mapping[str, Any]], Algorithm]
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from fedjax_qp.engine.arrays import across, gather, of, put, select, zeros
+from fedjax_qp.engine.plan import IDLE, Lanes, Preparations
 from fedjax_qp.federated import PREPARATION, Algorithm, Batch, Client, Cohort, client_key
-from fedjax_qp.plan import IDLE, Lanes, Preparations
 
 
 class LoopState(NamedTuple):

@@ -15,7 +15,7 @@ from fedjax_qp.instruments.drawing import DIVERGING, curve_style, place_legend, 
 from fedjax_qp.instruments.replay import Replayed, conflict_share, mean_cosine
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject, state_at
-from fedjax_qp.plots import whole_ticks
+from fedjax_qp.reports.plots import whole_ticks
 
 KINDS = {"progress": "trained − start model", "difference": "trained − global model"}
 

@@ -23,8 +23,8 @@ from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend,
 from fedjax_qp.instruments.objective import Objective, flat, hessian_product
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject
-from fedjax_qp.plots import whole_ticks
 from fedjax_qp.quadratic import full_precision
+from fedjax_qp.reports.plots import whole_ticks
 
 Product = Callable[[Float[Array, "P"]], Float[Array, "P"]]
 

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from fedjax_qp import plots
-from fedjax_qp.plots import style_axes
+from fedjax_qp.reports import plots
+from fedjax_qp.reports.plots import style_axes
 
 __all__ = ["DIVERGING", "SEQUENTIAL", "curve_style", "new_figure", "place_legend", "style_axes"]
 

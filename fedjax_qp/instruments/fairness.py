@@ -17,12 +17,12 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from fedjax_qp.engine.evaluation import PersonalTests, evaluate, evaluate_clients, even_batches
+from fedjax_qp.engine.plan import IDLE
 from fedjax_qp.experiment import Experiment
 from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend, style_axes
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject
-from fedjax_qp.plan import IDLE
-from fedjax_qp.records import mixture_accuracy, quotient
+from fedjax_qp.runs.records import mixture_accuracy, quotient
 from fedjax_qp.streams import Stream, generator
 
 VIEWS = {"mixture": "test examples, client's mixture of classes", "training": "client's own training examples"}

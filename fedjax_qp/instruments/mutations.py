@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Key, PyTree
 from matplotlib.figure import Figure
 
 from fedjax_qp.algorithms.fedmut import MutationServer, Shared, start_model
+from fedjax_qp.engine.plan import sample_cohort
 from fedjax_qp.federated import Cohort, round_keys
 from fedjax_qp.instruments.drawing import curve_style, new_figure, place_legend, style_axes
 from fedjax_qp.instruments.objective import flat
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.instruments.subject import Subject
-from fedjax_qp.plan import sample_cohort
 from fedjax_qp.quadratic import full_precision
 
 

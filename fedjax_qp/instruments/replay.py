@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from fedjax_qp.algorithms.local import Upload
 from fedjax_qp.engine import make_engine
+from fedjax_qp.engine.plan import plan_chunk
 from fedjax_qp.experiment import Experiment, host_copy
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState
-from fedjax_qp.plan import plan_chunk
 from fedjax_qp.quadratic import full_precision
 from fedjax_qp.registry import ConfigurationError
 

@@ -10,9 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedjax_qp import config as configuration
-from fedjax_qp import records
 from fedjax_qp.algorithms.fedmut import MutationServer
-from fedjax_qp.checkpoint import Checkpoints
 from fedjax_qp.config import Config, Part
 from fedjax_qp.engine import cut_test_set
 from fedjax_qp.experiment import Experiment, build, first_state, method, of_language_model
@@ -20,8 +18,10 @@ from fedjax_qp.federated import Algorithm, FederatedState, Params
 from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
 from fedjax_qp.instruments.settings import Settings
-from fedjax_qp.provenance import provenance
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import records
+from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.provenance import provenance
 from fedjax_qp.streams import Stream, generator
 
 Source = Literal["last", "next"]

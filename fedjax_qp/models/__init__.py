@@ -10,8 +10,9 @@ A network is called as `network(inputs [B, H, W, C], mask [B], train=bool)` and 
 One of `character_models` takes inputs [B, T], and may return logits of every position in training, [B, T, classes].
 """
 
-from fedjax_qp.models import adapted, benchmarked, cnn, mlp, recurrent, resnet, vgg  # noqa: F401  (they register themselves)
+from fedjax_qp.models import cnn, lenet, mlp, recurrent, resnet, vgg  # noqa: F401  (they register themselves)
 from fedjax_qp.models.classifier import classifier
+from fedjax_qp.models.language import adapted  # noqa: F401
 from fedjax_qp.models.registry import character_models, language_models, models
 
 __all__ = ["character_models", "classifier", "language_models", "models"]

@@ -1,4 +1,4 @@
-"""LeNet, the small convolutional network of FedMut's experiments."""
+"""Two small convolutional networks that other simulators are benchmarked with."""
 
 from collections.abc import Callable
 
@@ -8,73 +8,88 @@ from jaxtyping import Array, Bool, Float
 
 from fedjax_qp.models.convolution import Form
 from fedjax_qp.models.layers import Convolution, Dense, Network
-from fedjax_qp.models.normalisation import Normalisation, normalisation_layer
-from fedjax_qp.models.pooling import max_pool
 from fedjax_qp.models.registry import models, require_size
 
 
-class LeNet(Network):
-    """conv 5×5 (6), pool, conv 5×5 (16), pool, dense 120, dense 84, classes; ReLU throughout."""
+class FemnistCNN(Network):
+    """conv 5×5 (32), pool, conv 5×5 (64), pool, dense 512, classes; ReLU throughout, zero padding keeps the size."""
 
-    def __init__(
-        self,
-        input_shape: tuple[int, int, int],
-        classes: int,
-        *,
-        normalisation: Normalisation,
-        form: Form,
-        rngs: nnx.Rngs,
-    ):
-        height, width = (((size - 4) // 2 - 4) // 2 for size in input_shape[:2])
-        self.conv1 = Convolution(input_shape[2], 6, 5, form=form, rngs=rngs)
-        self.norm1 = normalisation_layer(normalisation, 6)
-        self.conv2 = Convolution(6, 16, 5, form=form, rngs=rngs)
-        self.norm2 = normalisation_layer(normalisation, 16)
-        self.dense1 = Dense(16 * height * width, 120, rngs=rngs)
-        self.dense2 = Dense(120, 84, rngs=rngs)
-        self.dense3 = Dense(84, classes, rngs=rngs)
-        # Without a normalisation in between, convolution, ReLU and pooling are one operation.
-        self.plain = normalisation == "none"
+    def __init__(self, input_shape: tuple[int, int, int], classes: int, *, form: Form, rngs: nnx.Rngs):
+        height, width, channels = input_shape
+        self.conv1 = Convolution(channels, 32, 5, padding=2, form=form, rngs=rngs)
+        self.conv2 = Convolution(32, 64, 5, padding=2, form=form, rngs=rngs)
+        self.dense1 = Dense(64 * (height // 4) * (width // 4), 512, rngs=rngs)
+        self.dense2 = Dense(512, classes, rngs=rngs)
 
     def features(
         self, inputs: Float[Array, "B H W C"], mask: Bool[Array, "B"] | None = None, *, train: bool
     ) -> Float[Array, "B F"]:
-        outputs = inputs
-        for convolution, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            if self.plain:
-                outputs = convolution.relu_pool(outputs)
-            else:
-                outputs = max_pool(jax.nn.relu(norm(convolution(outputs), mask, train=train)))
-        outputs = outputs.reshape(outputs.shape[0], -1)
-        outputs = jax.nn.relu(self.dense1(outputs))
-        return jax.nn.relu(self.dense2(outputs))
+        outputs = self.conv2.relu_pool(self.conv1.relu_pool(inputs))
+        return jax.nn.relu(self.dense1(outputs.reshape(outputs.shape[0], -1)))
 
     @property
     def last(self) -> Dense:
-        return self.dense3
+        return self.dense2
 
 
 @models.register
-def lenet(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    *,
-    normalisation: Normalisation = "none",
-    convolution: Form = "auto",
+def femnist_cnn(
+    input_shape: tuple[int, int, int], classes: int, *, convolution: Form = "auto"
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """LeNet: 62,006 parameters for CIFAR-10.
+    """The network of FEMNIST benchmarks: 1,690,046 parameters for 28×28 images and 62 classes.
 
-    Source: LeCun et al., "Gradient-based learning applied to document recognition", 1998, with ReLU and max-pooling;
-    FedMut (AAAI 2024), "CNN".
+    Source: McMahan et al., "Communication-efficient learning of deep networks from decentralized data", AISTATS 2017, the
+    CNN; Caldas et al., "LEAF", arXiv 1812.01097, 2018, takes it for FEMNIST (with a wider dense layer).
 
     Args:
-      input_shape: height, width, channels; at least 16×16.
+      input_shape: height, width, channels; at least 4×4.
       classes: number of classes.
-      normalisation: after each convolution.
       convolution: how convolutions are computed; the result is the same.
 
     Raises:
       ConfigurationError: the images are too small.
     """
-    require_size("lenet", input_shape, 16, "use the model 'mlp' or larger images")
-    return lambda rngs: LeNet(input_shape, classes, normalisation=normalisation, form=convolution, rngs=rngs)
+    require_size("femnist_cnn", input_shape, 4, "use the model 'mlp' or larger images")
+    return lambda rngs: FemnistCNN(input_shape, classes, form=convolution, rngs=rngs)
+
+
+class SimpleCNN(Network):
+    """conv 3×3 (32), conv 3×3 (64), pool, dense 128, classes; ReLU throughout."""
+
+    def __init__(self, input_shape: tuple[int, int, int], classes: int, *, form: Form, rngs: nnx.Rngs):
+        height, width, channels = input_shape
+        self.conv1 = Convolution(channels, 32, 3, form=form, rngs=rngs)
+        self.conv2 = Convolution(32, 64, 3, form=form, rngs=rngs)
+        self.dense1 = Dense(64 * ((height - 4) // 2) * ((width - 4) // 2), 128, rngs=rngs)
+        self.dense2 = Dense(128, classes, rngs=rngs)
+
+    def features(
+        self, inputs: Float[Array, "B H W C"], mask: Bool[Array, "B"] | None = None, *, train: bool
+    ) -> Float[Array, "B F"]:
+        outputs = self.conv2.relu_pool(jax.nn.relu(self.conv1(inputs)))
+        return jax.nn.relu(self.dense1(outputs.reshape(outputs.shape[0], -1)))
+
+    @property
+    def last(self) -> Dense:
+        return self.dense2
+
+
+@models.register
+def simple_cnn(
+    input_shape: tuple[int, int, int], classes: int, *, convolution: Form = "auto"
+) -> Callable[[nnx.Rngs], nnx.Module]:
+    """The CNN of pfl-research's CIFAR-10 benchmark, without dropout: 1,626,442 parameters.
+
+    Source: Granqvist et al., "pfl-research: simulation framework for accelerating research in private federated learning",
+    NeurIPS Datasets and Benchmarks 2024; after Reddi et al., "Adaptive federated optimization", ICLR 2021.
+
+    Args:
+      input_shape: height, width, channels; at least 6×6.
+      classes: number of classes.
+      convolution: how convolutions are computed; the result is the same.
+
+    Raises:
+      ConfigurationError: the images are too small.
+    """
+    require_size("simple_cnn", input_shape, 6, "use the model 'mlp' or larger images")
+    return lambda rngs: SimpleCNN(input_shape, classes, form=convolution, rngs=rngs)

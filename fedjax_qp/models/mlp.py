@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from fedjax_qp.models.layers import Dense, Network
 from fedjax_qp.models.registry import models
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.values import shown
+from fedjax_qp.settings.values import shown
 
 MOST_UNITS, MOST_LAYERS = 1_000_000, 100
 

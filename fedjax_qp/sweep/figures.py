@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from fedjax_qp.plots import curve_style, finish_axes
+from fedjax_qp.reports.plots import curve_style, finish_axes
 from fedjax_qp.sweep.results import Row, scale_and_unit, short_names, shortened
 from fedjax_qp.sweep.space import Range, Rank, Sweep, Variant
 from fedjax_qp.sweep.stopping import Curve, Curves

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from fedjax_qp import config as configuration
+from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.files import writing
+from fedjax_qp.runs.together import groups, remembered_programs
 from fedjax_qp.sweep import search
 from fedjax_qp.sweep.figures import plot_curves, plot_space
 from fedjax_qp.sweep.live import LiveTable
@@ -23,10 +25,8 @@ from fedjax_qp.sweep.schedule import connect, run_tasks, workers_of
 from fedjax_qp.sweep.search import Point, Told
 from fedjax_qp.sweep.space import Sweep, base_values
 from fedjax_qp.sweep.stopping import Curves, Peer
-from fedjax_qp.sweep.tasks import Assignment, Task, unfinished
 from fedjax_qp.sweep.trials import Store, Trial
-from fedjax_qp.terminal import leave, listening
-from fedjax_qp.together import groups, remembered_programs
+from fedjax_qp.sweep.worker import Assignment, Task, unfinished
 
 
 class Outcome(NamedTuple):

@@ -33,7 +33,7 @@ from pydantic.dataclasses import dataclass
 from fedjax_qp import config as configuration
 from fedjax_qp.config import PARTS, Config
 from fedjax_qp.registry import ConfigurationError, unknown_name
-from fedjax_qp.values import Count, Finite, Line, Name, PathName, Seed, Truth, Whole, shown
+from fedjax_qp.settings.values import Count, Finite, Line, Name, PathName, Seed, Truth, Whole, shown
 
 MOST_VALUES = 10_000  # of a field, and trials of a sweep: each is a run at least
 Number = Whole | Finite

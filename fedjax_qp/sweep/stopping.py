@@ -21,8 +21,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_qp import records
 from fedjax_qp.files import read_mark
+from fedjax_qp.runs import records
 from fedjax_qp.sweep.space import EarlyStopping, Rank
 from fedjax_qp.sweep.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 

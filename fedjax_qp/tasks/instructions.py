@@ -11,13 +11,13 @@ import numpy as np
 
 from fedjax_qp.config import Config, Text
 from fedjax_qp.data import label_counts
-from fedjax_qp.data.instructions import Instructions, Record
 from fedjax_qp.data.partition import hold_out
-from fedjax_qp.data.sequences import Encoded, Sequences, encode, pack, padding_share
+from fedjax_qp.data.text.instructions import Instructions, Record
+from fedjax_qp.data.text.sequences import Encoded, Sequences, encode, pack, padding_share
 from fedjax_qp.engine import cut_client_tests, cut_test_set
 from fedjax_qp.models import language_models
-from fedjax_qp.models.adapted import AdaptedModel
-from fedjax_qp.models.llama import check_length, split_axes
+from fedjax_qp.models.language.adapted import AdaptedModel
+from fedjax_qp.models.language.llama import check_length, split_axes
 from fedjax_qp.precision import in_precision
 from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks.task import Task

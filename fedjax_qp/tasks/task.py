@@ -6,10 +6,10 @@ import numpy as np
 from jaxtyping import Float, Int, PyTree
 
 from fedjax_qp.data import Dataset
-from fedjax_qp.data.instructions import Instructions
+from fedjax_qp.data.text.instructions import Instructions
 from fedjax_qp.engine import PersonalTests, TestSet
 from fedjax_qp.federated import Model
-from fedjax_qp.models.adapted import AdaptedModel
+from fedjax_qp.models.language.adapted import AdaptedModel
 
 
 class Task(NamedTuple):

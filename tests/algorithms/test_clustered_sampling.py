@@ -11,11 +11,11 @@ from small import worst_difference
 from fedjax_qp import config
 from fedjax_qp.algorithms.clustered_sampling import by_similarity, by_size, distances, draw
 from fedjax_qp.config import Local, Participation
+from fedjax_qp.engine.plan import Workload, plan_chunk, sample_cohort
 from fedjax_qp.experiment import Experiment, build, first_state
 from fedjax_qp.federated import Sampling
-from fedjax_qp.plan import Workload, plan_chunk, sample_cohort
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.simulate import simulate
+from fedjax_qp.runs.loop import simulate
 
 sizes_and_members = st.lists(st.integers(1, 60), min_size=1, max_size=12).flatmap(
     lambda sizes: st.tuples(st.just(np.array(sizes)), st.integers(1, len(sizes)))

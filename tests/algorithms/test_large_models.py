@@ -14,12 +14,12 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.adapters import bytes_of, entry_metrics
 from fedjax_qp.algorithms.importance import schedule
 from fedjax_qp.algorithms.perfit import mask_metrics
-from fedjax_qp.data.sequences import Sequences
+from fedjax_qp.data.text.sequences import Sequences
 from fedjax_qp.federated import Batch, Client, Cohort, Model
-from fedjax_qp.models import lora
-from fedjax_qp.models.language import language_model
-from fedjax_qp.models.llama import abstract_weights
-from fedjax_qp.models.pretrained_config import read_config
+from fedjax_qp.models.language import lora
+from fedjax_qp.models.language.llama import abstract_weights
+from fedjax_qp.models.language.model import language_model
+from fedjax_qp.models.language.pretrained_config import read_config
 from fedjax_qp.registry import ConfigurationError
 
 BASE = read_config(Path(__file__).parents[2] / "configs" / "llama7b")

@@ -10,7 +10,7 @@ from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import Batch
-from fedjax_qp.simulate import simulate
+from fedjax_qp.runs.loop import simulate
 
 # In their first round all of these train the first model on the plain loss, on all of a client's examples.
 PLAIN = ["fedavg", "ditto", "scaffold", "fedgen", "fedsam", "fedit", "flora"]

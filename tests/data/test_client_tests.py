@@ -12,10 +12,10 @@ from fedjax_qp import config
 from fedjax_qp.data import label_counts, match, own_counts, partitions
 from fedjax_qp.engine import evaluation
 from fedjax_qp.experiment import advice, build, resolve
-from fedjax_qp.records import quotient
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.simulate import simulate
-from fedjax_qp.together import groups
+from fedjax_qp.runs.loop import simulate
+from fedjax_qp.runs.records import quotient
+from fedjax_qp.runs.together import groups
 
 
 def numbers_of(dealt: list[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fedjax_qp.data import instruction_sources, partitions
-from fedjax_qp.data import package as packages
+from fedjax_qp.data.text import package as packages
 from fedjax_qp.registry import ConfigurationError
 
-module = importlib.import_module("fedjax_qp.data.instructions")
+module = importlib.import_module("fedjax_qp.data.text.instructions")
 
 ALPACA = {"instruction": "Write a poem.", "input": "", "output": "Roses are red."}
 DOLLY = {"instruction": "Who?", "context": "Ann did.", "response": "Ann", "category": "closed_qa"}

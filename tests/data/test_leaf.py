@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedjax_qp.data import character_sources, partitions, sources
-from fedjax_qp.data.characters import CHARACTERS, UNKNOWN
+from fedjax_qp.data.text.characters import CHARACTERS, UNKNOWN
 from fedjax_qp.registry import ConfigurationError
 
 TEXT = "To be, or not to be, that is the question: Whether 'tis nobler in the mind to suffer The slings and arrows"

@@ -11,16 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_qp.config import Text
-from fedjax_qp.data import (
-    Encoded,
-    Record,
-    encode,
-    instruction_sources,
-    pack,
-    padding_share,
-    render,
-    tokenise,
-)
+from fedjax_qp.data import Encoded, Record, encode, instruction_sources, pack, padding_share, render, tokenise
 from fedjax_qp.registry import ConfigurationError
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from fedjax_qp.data import character_sources, partitions
-from fedjax_qp.data.characters import CHARACTERS, CLASS_NAMES, UNKNOWN, codes, windows
+from fedjax_qp.data.text.characters import CHARACTERS, CLASS_NAMES, UNKNOWN, codes, windows
 from fedjax_qp.registry import ConfigurationError
 
 # The package's attribute `shakespeare` may be shadowed, hence the lookup by name.
-module = importlib.import_module("fedjax_qp.data.shakespeare")
+module = importlib.import_module("fedjax_qp.data.text.shakespeare")
 
 CAPITALS = """A PLAY
 

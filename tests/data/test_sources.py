@@ -16,7 +16,7 @@ from fedjax_qp.data.cached import cached
 from fedjax_qp.registry import ConfigurationError
 
 # The package's attribute `sources` is the registry, hence the lookup by name.
-module = importlib.import_module("fedjax_qp.data.sources")
+module = importlib.import_module("fedjax_qp.data.images.sources")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from small import worst_difference
 from test_config import write
 
-from fedjax_qp import cli, config, records
+from fedjax_qp import cli, config
 from fedjax_qp.federated import Batch
 from fedjax_qp.instruments import fairness, mutations
 from fedjax_qp.instruments.inspection import inspect_runs, side_by_side
@@ -21,7 +21,8 @@ from fedjax_qp.instruments.replay import mean_cosine
 from fedjax_qp.instruments.settings import NAMES, Settings
 from fedjax_qp.instruments.subject import InspectedRun, load, open_run, state_at, with_update
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.run import run
+from fedjax_qp.runs import records
+from fedjax_qp.runs.run import run
 
 SMALL = Settings(
     examples=60, batch_size=40, points=5, grid=3, lines=2, radii=(0.1,), samples=4, ascent_steps=2,

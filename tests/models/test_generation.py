@@ -8,8 +8,8 @@ from test_llama import changed, run
 from test_lora import some_adapters, some_masks
 
 from fedjax_qp.federated import Params
-from fedjax_qp.models.generation import generate
-from fedjax_qp.models.llama import empty_cache, forward_cached, initial_weights, logits
+from fedjax_qp.models.language.generation import generate
+from fedjax_qp.models.language.llama import empty_cache, forward_cached, initial_weights, logits
 from fedjax_qp.registry import ConfigurationError
 
 CONFIGS = {"plain": changed(tied=False), "window": changed(tied=False, sliding_window=3)}

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_qp.models import gguf as module
-from fedjax_qp.models.gguf import find_smollm2, import_gguf, smollm2, unpermute
-from fedjax_qp.models.llama import LlamaConfig, initial_weights
-from fedjax_qp.models.pretrained import load_weights, read_config, slots
-from fedjax_qp.models.tokenizer import load_tokenizer
+from fedjax_qp.models.language import gguf as module
+from fedjax_qp.models.language.gguf import find_smollm2, import_gguf, smollm2, unpermute
+from fedjax_qp.models.language.llama import LlamaConfig, initial_weights
+from fedjax_qp.models.language.pretrained import load_weights, read_config, slots
+from fedjax_qp.models.language.tokenizer import load_tokenizer
 from fedjax_qp.registry import ConfigurationError
 
 gguf = pytest.importorskip("gguf")

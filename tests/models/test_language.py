@@ -9,11 +9,11 @@ import pytest
 from test_llama import CONFIG, changed
 from test_lora import FROZEN, some_adapters, some_masks
 
-from fedjax_qp.data.sequences import Sequences
+from fedjax_qp.data.text.sequences import Sequences
 from fedjax_qp.federated import Batch, Params
-from fedjax_qp.models.language import language_model
-from fedjax_qp.models.llama import forward, initial_weights, logits
-from fedjax_qp.models.token_loss import token_losses
+from fedjax_qp.models.language.llama import forward, initial_weights, logits
+from fedjax_qp.models.language.model import language_model
+from fedjax_qp.models.language.token_loss import token_losses
 from fedjax_qp.registry import ConfigurationError
 
 MODEL = language_model(CONFIG, rank=3, alpha=6.0, targets="*_proj")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from fedjax_qp.federated import Params
-from fedjax_qp.models import gguf, lora
-from fedjax_qp.models.generation import generate
-from fedjax_qp.models.llama import forward, logits
-from fedjax_qp.models.peft import export_adapter, import_adapter
-from fedjax_qp.models.pretrained import load_weights, read_config
-from fedjax_qp.models.tokenizer import load_tokenizer
+from fedjax_qp.models.language import gguf, lora
+from fedjax_qp.models.language.generation import generate
+from fedjax_qp.models.language.llama import forward, logits
+from fedjax_qp.models.language.peft import export_adapter, import_adapter
+from fedjax_qp.models.language.pretrained import load_weights, read_config
+from fedjax_qp.models.language.tokenizer import load_tokenizer
 from fedjax_qp.registry import ConfigurationError
 
 transformers = pytest.importorskip("transformers")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedjax_qp.models.llama import LlamaConfig, RMSNorm, abstract_weights, forward, initial_weights, logits
-from fedjax_qp.models.lora import init_adapters
-from fedjax_qp.models.rotary import SCALINGS, frequencies, rotate, rotation
+from fedjax_qp.models.language.llama import LlamaConfig, RMSNorm, abstract_weights, forward, initial_weights, logits
+from fedjax_qp.models.language.lora import init_adapters
+from fedjax_qp.models.language.rotary import SCALINGS, frequencies, rotate, rotation
 from fedjax_qp.registry import ConfigurationError
 
 CONFIG = LlamaConfig(

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 from test_llama import CONFIG, one_record, run
 
-from fedjax_qp.models import lora
-from fedjax_qp.models.llama import initial_weights
+from fedjax_qp.models.language import lora
+from fedjax_qp.models.language.llama import initial_weights
 from fedjax_qp.registry import ConfigurationError
 
 FROZEN = initial_weights(CONFIG, jax.random.key(0))

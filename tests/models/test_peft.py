@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from fedjax_qp.models.llama import LlamaConfig
-from fedjax_qp.models.lora import adapter_shapes
-from fedjax_qp.models.peft import export_adapter, import_adapter
+from fedjax_qp.models.language.llama import LlamaConfig
+from fedjax_qp.models.language.lora import adapter_shapes
+from fedjax_qp.models.language.peft import export_adapter, import_adapter
 from fedjax_qp.registry import ConfigurationError
 
 save_file = pytest.importorskip("safetensors.numpy").save_file

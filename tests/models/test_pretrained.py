@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fedjax_qp.models.llama import LlamaConfig, abstract_weights, initial_weights
-from fedjax_qp.models.pretrained import load_weights, read_config, save_weights
+from fedjax_qp.models.language.llama import LlamaConfig, abstract_weights, initial_weights
+from fedjax_qp.models.language.pretrained import load_weights, read_config, save_weights
 from fedjax_qp.registry import ConfigurationError
 
 save_file = pytest.importorskip("safetensors.numpy").save_file

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fedjax_qp.models import tokenizer as module
-from fedjax_qp.models.tokenizer import load_tokenizer
+from fedjax_qp.models.language import tokenizer as module
+from fedjax_qp.models.language.tokenizer import load_tokenizer
 from fedjax_qp.registry import ConfigurationError
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -1,0 +1,1 @@
+"""The terminal: what the user typed, tables, signals and lost output."""

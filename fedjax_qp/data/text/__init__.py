@@ -1,0 +1,1 @@
+"""Text: characters to predict, and instructions as sequences of tokens."""

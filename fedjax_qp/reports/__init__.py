@@ -1,0 +1,1 @@
+"""What finished runs say: comparisons, figures and an HTML report, made from their folders alone."""
