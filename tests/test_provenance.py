@@ -9,10 +9,11 @@ from rich.console import Console
 from test_config import write
 
 from fedjax_qp import config
-from fedjax_qp.experiment import build, environment
+from fedjax_qp.experiment import build
 from fedjax_qp.instruments.subject import open_run
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import provenance as module
+from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.provenance import FILE, Provenance, provenance
 from fedjax_qp.runs.run import restore, resume, run
 from fedjax_qp.runs.together import run_together

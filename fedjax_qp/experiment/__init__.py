@@ -1,25 +1,15 @@
 """From a configuration to the objects of a run. Everything that can be wrong with a run is found here, before any compute."""
 
-from fedjax_qp.experiment.assembly import (
-    Experiment,
-    advice,
-    build,
-    check,
-    defaults,
-    differing_settings,
-    environment,
+from fedjax_qp.experiment.advice import advice
+from fedjax_qp.experiment.assembly import Experiment, build, check
+from fedjax_qp.experiment.methods import differing_settings, local_optimizer, method, traced_settings
+from fedjax_qp.experiment.parts import defaults, is_whole_number, of_language_model, registries, resolve
+from fedjax_qp.experiment.start import (
     first_state,
     host_copy,
-    is_whole_number,
     join_states,
-    local_optimizer,
-    method,
-    of_language_model,
-    registries,
-    resolve,
     start_engine,
     start_shared_engine,
-    traced_settings,
     with_layout,
 )
 
@@ -30,7 +20,6 @@ __all__ = [
     "check",
     "defaults",
     "differing_settings",
-    "environment",
     "first_state",
     "host_copy",
     "is_whole_number",

@@ -16,7 +16,8 @@ from fedjax_qp.runs import processes, records
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition
-from fedjax_qp.experiment import Experiment, environment
+from fedjax_qp.experiment import Experiment
+from fedjax_qp.runs.environment import environment
 from fedjax_qp.files import read_mark, remove_partial, write_json, writing
 from fedjax_qp.locks import lock_folder
 from fedjax_qp.reports.plots import plot_run
