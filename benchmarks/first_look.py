@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fedjax_qp import config as configuration
-from fedjax_qp.cache import keep_programs
+from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
 from fedjax_qp.reports.plots import plot_comparison
 from fedjax_qp.runs.run import resume, run

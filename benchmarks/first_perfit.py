@@ -13,9 +13,9 @@ from first_look import finished_or_run
 from rich.console import Console
 from rich.markup import escape
 
-from fedjax_qp.cache import keep_programs
 from fedjax_qp.engine.evaluation import evaluate
 from fedjax_qp.federated import Params
+from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
 from fedjax_qp.reports.personal import personal_summary, personal_table
 from fedjax_qp.runs.export import answer, client_params, language_of

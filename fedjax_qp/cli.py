@@ -15,9 +15,9 @@ from rich.markup import escape
 
 from fedjax_qp import __version__
 from fedjax_qp import config as configuration
-from fedjax_qp.cache import keep_programs
 from fedjax_qp.console.arguments import understood
 from fedjax_qp.console.terminal import guarded
+from fedjax_qp.files import keep_programs
 from fedjax_qp.instruments.settings import Settings, What
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.catalogue import check_names

@@ -13,7 +13,7 @@ from test_run import final_state, quiet, wait_for_rounds
 
 from fedjax_qp import config
 from fedjax_qp.experiment import build
-from fedjax_qp.locks import lock_folder
+from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import processes, records
 from fedjax_qp.runs.run import run
@@ -124,9 +124,7 @@ def test_options_that_name_no_process_are_refused(monkeypatch):
     ],
 )
 def test_several_processes_use_all_their_devices(tmp_path, monkeypatch, settings, message):
-    from fedjax_qp import experiment
-
-    monkeypatch.setattr(experiment.jax, "process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(ConfigurationError, match=message):
         build(config.load(write(tmp_path), settings))
 

@@ -19,7 +19,7 @@ from test_config import write
 
 from fedjax_qp import cli, config
 from fedjax_qp.experiment import advice, build, first_state
-from fedjax_qp.locks import lock_folder
+from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import records
 from fedjax_qp.runs.checkpoint import Checkpoints

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from fedjax_qp.cache import cache_folder
+from fedjax_qp.files import cache_folder
 
 # Part of every cache key: raise it when the content of the cached arrays changes.
 CACHE_FORMAT = 2

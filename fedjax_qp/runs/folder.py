@@ -19,7 +19,7 @@ from fedjax_qp.data import plot_partition
 from fedjax_qp.experiment import Experiment
 from fedjax_qp.runs.environment import environment
 from fedjax_qp.files import read_mark, remove_partial, write_json, writing
-from fedjax_qp.locks import lock_folder
+from fedjax_qp.files import lock_folder
 from fedjax_qp.reports.plots import plot_run
 from fedjax_qp.runs.provenance import Provenance
 from fedjax_qp.runs.records import ENDED, FAILURE, Recorder

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedjax_qp import config as configuration
-from fedjax_qp.files import read_mark, write_json, write_whole, writing
-from fedjax_qp.locks import lock_folder, lock_now
+from fedjax_qp.files import lock_folder, lock_now, read_mark, write_json, write_whole, writing
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.strict import load_json, load_yaml, read_text
 from fedjax_qp.sweep.search import Point, identity

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from fedjax_qp.cache import cache_folder
+from fedjax_qp.files import cache_folder
 from fedjax_qp.models.language.llama import LlamaConfig
 from fedjax_qp.models.language.pretrained import check_finite, check_layers, check_names, slots, write_model
 from fedjax_qp.models.language.pretrained_config import config_json, number, size

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fedjax_qp.cache import cache_folder, keep_programs
+from fedjax_qp.files import cache_folder, keep_programs
 
 # The command line must not load JAX before it has set the variables; a script has loaded it by then.
 BEFORE = "import sys, fedjax_qp.cli; assert 'jax' not in sys.modules; fedjax_qp.cli.keep_programs()"
-AFTER = "import jax; from fedjax_qp.cache import keep_programs; keep_programs()"
+AFTER = "import jax; from fedjax_qp.files import keep_programs; keep_programs()"
 COMPILE = """
 import jax
 hits = []
