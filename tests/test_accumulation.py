@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from small import digits, small_engine, small_model, small_state, worst_difference
+from support.federations import digits, small_engine, small_model, small_state, worst_difference
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import SMALL, write
+from support.runs import SMALL, write
 
 from fedjax_qp import cli, config
 from fedjax_qp.console.listing import listing

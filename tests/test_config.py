@@ -1,36 +1,14 @@
 """Configurations are strict: what is wrong is named, with what would be right, before any compute."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from support.runs import REPOSITORY, SMALL, write
 
 from fedjax_qp import config
 from fedjax_qp.experiment import build, resolve
 from fedjax_qp.registry import ConfigurationError
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-
-SMALL = {
-    "name": "small",
-    "rounds": 4,
-    "data": "digits",
-    "partition": {"name": "dirichlet", "clients": 12, "beta": 0.5, "minimum": 5},
-    "model": {"name": "mlp", "hidden": [16]},
-    "algorithm": {"name": "fedqp", "form": "nearest", "alpha": 1.0},
-    "local": {"learning_rate": 0.05, "epochs": 1, "batch_size": 16},
-    "participation": {"cohort": 4},
-    "engine": {"lanes": 2, "rounds_per_chunk": 2},
-    "evaluation": {"every": 1, "batch_size": 100},
-}
-
-
-def write(folder: Path, **changes) -> Path:
-    file = folder / "small.yaml"
-    file.write_text(yaml.safe_dump({**SMALL, "folder": str(folder / "runs"), **changes}))
-    return file
 
 
 def test_round_trip_through_yaml(tmp_path):

@@ -1,13 +1,13 @@
 """Every registered algorithm keeps the engine's contract: the result depends on nothing but configuration and seed."""
 
 import dataclasses
-from functools import cache
 
 import jax
 import numpy as np
 import optax
 import pytest
-from small import (
+from support.contract import TOLERANCE, assert_agree, compiled, reference
+from support.federations import (
     BATCH,
     CASES,
     COHORT,
@@ -34,7 +34,6 @@ from fedjax_qp.federated import Batch, FederatedState, init_state
 
 cases = pytest.mark.parametrize("case", CASES)
 LANGUAGE = [case for case in CASES if CASES[case].language]
-TOLERANCE = 1e-5  # relative, after at most five local steps a round
 
 # Each run compiles a program, which is what these tests cost, and most of all with a language model. So eight devices with a
 # lane each are for (nearly) all, and other numbers of lanes and pmap for one of each kind: sums of uploads, mutants, single
@@ -48,18 +47,6 @@ RUNS = [
     *((case, "pmap", 8, 8) for case in ("fedavg", "fedqp-clients", "fedsa_lora")),
     ("perfit", "vmap", 1, 1),
 ]
-
-
-@cache
-def compiled(case: str) -> tuple:
-    """One algorithm and one engine a case, so that each compiles once for all tests that need 3 lanes."""
-    algorithm = small_algorithm(case)
-    return algorithm, small_engine(algorithm, federation=federation_of(case))
-
-
-@cache
-def reference(case: str) -> tuple[FederatedState, dict]:
-    return run_rounds(*compiled(case), lanes=3, federation=federation_of(case))
 
 
 def start_state(case: str) -> FederatedState:
@@ -95,20 +82,6 @@ def test_lanes_and_devices_agree(case, parallel, devices, lanes):
             assert worst_difference(expected[name], metrics[name]) <= TOLERANCE, name
     np.testing.assert_array_equal(expected["test/count"], metrics["test/count"])
     assert_agree(case, expected_state, state)
-
-
-def assert_agree(case: str, expected: FederatedState, state: FederatedState) -> None:
-    """For a method that searches, the last bit may decide which entry is the last to be kept: its masks must overlap."""
-    if CASES[case].name == "perfit" and CASES[case].options.get("search") != "random":
-        assert mask_overlap(expected.clients.masks, state.clients.masks) >= 0.98
-    else:
-        assert worst_difference(expected, state) <= TOLERANCE
-
-
-def mask_overlap(first, second) -> float:
-    """Share of the entries of both that are in both."""
-    pairs = list(zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
-    return sum((a & b).sum() for a, b in pairs) / sum((a | b).sum() for a, b in pairs)
 
 
 @pytest.mark.parametrize("case", ["fedavg", "ditto", "perfit-grouped", "flora"])

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from small import (
+from support.federations import (
     ROUNDS,
     federation_of,
     images,

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import (
+from support.federations import (
     CLIENTS,
     COHORT,
     ROUNDS,
+    counting,
     digits,
     run_rounds,
     small_algorithm,
@@ -24,7 +25,7 @@ from small import (
 )
 
 from fedjax_qp.engine import cut_test_set
-from fedjax_qp.federated import Algorithm, Batch
+from fedjax_qp.federated import Batch
 
 
 def test_no_host_transfer_inside_a_chunk():
@@ -164,25 +165,6 @@ def test_the_average_is_over_those_who_report():
         weight += size
     expected = jax.tree.map(lambda leaf: leaf / weight, total)
     assert worst_difference(expected, state.server.params) <= 1e-5
-
-
-def counting() -> Algorithm:
-    """A toy with client memory: every client counts its rounds and its steps; the server counts reports."""
-
-    def finish(shared, own, carry, memory, client):
-        memory = {"rounds": memory["rounds"] + 1, "steps": memory["steps"] + carry}
-        return jnp.ones(()), memory, {"client/loss": carry}
-
-    return Algorithm(
-        init_server=lambda params, clients: (params, jnp.zeros(())),
-        init_client=lambda params: {"rounds": jnp.zeros(()), "steps": jnp.zeros(())},
-        dispatch=lambda server, cohort, key: ((), (), {}),
-        start=lambda shared, own, memory, key: jnp.zeros(()),
-        step=lambda frozen, shared, carry, batch, key: carry + 1,
-        finish=finish,
-        combine=lambda server, total, key: ((server[0], server[1] + total), {}),
-        serve=lambda server, memory: server[0],
-    )
 
 
 @pytest.mark.parametrize(("parallel", "devices", "lanes"), [("vmap", 1, 2), ("shard_map", 8, 8), ("pmap", 8, 8)])

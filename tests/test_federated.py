@@ -4,7 +4,7 @@ import textwrap
 
 import jax
 import optax
-from small import run_rounds, small_algorithm, small_engine, small_model, worst_difference
+from support.federations import run_rounds, small_algorithm, small_engine, small_model, worst_difference
 
 from fedjax_qp import federated
 from fedjax_qp.federated import Algorithm, Params

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from test_fuzz import OPTIONS, SETTINGS, found_in, same
+from support.fuzz import OPTIONS, SETTINGS, found_in, same
 
 from fedjax_qp import config
 from fedjax_qp.engine.plan import client_steps, sample_cohort

@@ -10,8 +10,8 @@ import os
 from pathlib import Path
 
 import pytest
-from small_instructions import instruction_settings, write_instructions
-from test_config import SMALL
+from support.instructions import instruction_settings, write_instructions
+from support.runs import SMALL
 
 from fedjax_qp.cli import main
 

@@ -11,8 +11,8 @@ pytest.importorskip("transformers", reason="needs the extra `language`")
 pytest.importorskip("tokenizers")
 
 from rich.console import Console
-from small_instructions import SMALL, instruction_settings, write_instructions
-from test_run import start, wait_for_rounds
+from support.instructions import SMALL, instruction_settings, write_instructions
+from support.runs import start, wait_for_rounds
 
 from fedjax_qp import config
 from fedjax_qp.cli import main

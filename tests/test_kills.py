@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import yaml
-from test_config import SMALL
+from support.runs import SMALL
 
 from fedjax_qp.runs.checkpoint import Checkpoints
 

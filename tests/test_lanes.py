@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_config import write
+from support.runs import write
 
 from fedjax_qp import config
 from fedjax_qp.engine import bytes_needed, devices

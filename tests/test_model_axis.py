@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from small_language import SIZES, personal_tests, sequences_of, training_set
+from support.language import SIZES, personal_tests, sequences_of, training_set
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms

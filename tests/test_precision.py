@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small_language
+from support import language
 
 from fedjax_qp import config
 from fedjax_qp.data.examples import Examples
@@ -42,7 +42,7 @@ def image_model(name: str) -> tuple[Model, Batch]:
 
 
 def adapters() -> tuple[Model, Batch]:
-    return small_language.language(), Batch(small_language.sequences_of(0, 2, seed=0), jnp.ones(2, bool))
+    return language.language(), Batch(language.sequences_of(0, 2, seed=0), jnp.ones(2, bool))
 
 
 def gradient(model: Model, frozen, batch: Batch, trainable, params):
@@ -52,7 +52,7 @@ def gradient(model: Model, frozen, batch: Batch, trainable, params):
 @pytest.mark.parametrize("name", ["lenet", "femnist_cnn", "resnet18", "llama"])
 def test_every_product_of_a_step_is_rounded(name: str) -> None:
     model, batch = adapters() if name == "llama" else image_model(name)
-    frozen = small_language.base_weights() if name == "llama" else ()
+    frozen = language.base_weights() if name == "llama" else ()
     params = jax.eval_shape(model.init, jax.random.key(0))
     step = partial(gradient, model, frozen, batch, params=params._replace(masks=()))
     if params.statistics:

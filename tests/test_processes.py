@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_config import write
-from test_run import final_state, quiet, wait_for_rounds
+from support.runs import final_state, quiet, wait_for_rounds, write
 
 from fedjax_qp import config
 from fedjax_qp.experiment import build

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from test_config import write
+from support.runs import write
 
 from fedjax_qp import config
 from fedjax_qp.experiment import build

@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
-from test_compare import made_run
+from support.comparisons import made_run
 
 from fedjax_qp.cli import main
 from fedjax_qp.experiment import defaults

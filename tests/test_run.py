@@ -2,45 +2,25 @@
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from test_config import write
+from support.runs import assert_bitwise, final_state, quiet, start, wait_for_rounds, write
 
 from fedjax_qp import cli, config
-from fedjax_qp.experiment import advice, build, first_state
+from fedjax_qp.experiment import advice, build
 from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import records
-from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.loop import NonFiniteLoss, chunk_bounds, simulate
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import run_together
-
-
-def final_state(folder: Path):
-    experiment = build(config.load(folder / "config.yaml"))
-    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
-        return checkpoints.restore(first_state(experiment))
-
-
-def assert_bitwise(first, second):
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def quiet() -> Console:
-    return Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +339,7 @@ def test_the_whole_run_compiles_one_program(tmp_path, compilations):
 
 def test_client_store_on_the_host_gives_the_same_bits(tmp_path):
     """Client memory is a toy here (see test_engine); what is tested is the way of its rows to the device and back."""
-    from test_engine import counting
+    from support.federations import counting
 
     results = []
     for store in ("device", "host"):
@@ -380,23 +360,6 @@ def test_measured_lanes_are_written_into_the_run_folder(tmp_path):
 # --- interruption: separate processes ---------------------------------------------------------------------------------
 
 LONG = ["rounds=60", "evaluation.every=5", "checkpoints.keep=2"]
-
-
-def start(arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "fedjax_qp", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=dict(os.environ))
-
-
-def wait_for_rounds(process: subprocess.Popen, folder: Path, rounds: int) -> None:
-    file = folder / "records.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if file.exists() and file.read_bytes().count(b"\n") >= rounds:
-            return
-        if process.poll() is not None:
-            pytest.fail(f"the run ended early:\n{process.communicate()[0]}")
-        time.sleep(0.002)
-    pytest.fail(f"no {rounds} rounds in time")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from test_config import REPOSITORY, write
+from support.runs import REPOSITORY, write
 
 from fedjax_qp import config
 from fedjax_qp.console import terminal

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from small import CASES, ROUNDS, federation_of, small_state, small_work, worst_difference
-from test_config import write
-from test_contract import assert_agree, reference
+from support.contract import assert_agree, reference
+from support.federations import CASES, ROUNDS, federation_of, small_state, small_work, worst_difference
+from support.runs import write
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import pytest
 from rich.console import Console
+from support.records import made_records
+from support.runs import write
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-from test_config import write
 
 from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
@@ -23,13 +24,6 @@ from fedjax_qp.runs import records, trackers
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import groups
 from fedjax_qp.runs.trackers import Trackers, check_trackers
-
-
-def made_records(first: int, last: int) -> list[dict]:
-    return [
-        {"round": n, "train_loss": 1 / n, "test_loss": None, "client_accuracy": {"q10": 0.5}, "class_accuracy": [1.0]}
-        for n in range(first, last + 1)
-    ]
 
 
 def fails(sentence: str) -> None:
@@ -110,7 +104,7 @@ sys.addaudithook(watch)
 
 from fedjax_qp import config
 from fedjax_qp.runs.trackers import Trackers
-from test_trackers import made_records
+from support.records import made_records
 
 folder, problems = Path(sys.argv[1]), []
 loaded = config.load(folder.parent / "small.yaml", ["tracking.wandb={}", "tracking.mlflow={}"])
@@ -213,7 +207,7 @@ from pathlib import Path
 
 from fedjax_qp import config
 from fedjax_qp.runs.trackers import Trackers
-from test_trackers import made_records
+from support.records import made_records
 
 folder, found = Path(sys.argv[1]), {}
 file = folder.parent / "small.yaml"

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import Played, play, worst_difference
-from small_regression import regression
+from support.federations import Played, play, worst_difference
+from support.regression import regression
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.adapters import blend, factors, only

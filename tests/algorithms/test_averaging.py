@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from small_softmax import RATE, Work, as_matrix, cohorts, first_weights, gradient, trained
+from support.softmax import RATE, Work, as_matrix, cohorts, first_weights, gradient, trained
 
 RATE_OF_SERVER, BETA1, BETA2, ADAPTIVITY = 0.02, 0.9, 0.99, 1e-3
 Server = Callable[[np.ndarray, int], np.ndarray]  # (mean difference, round from 1) -> what is added to the model

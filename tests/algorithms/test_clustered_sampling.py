@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
-from small import worst_difference
+from support.federations import worst_difference
 
 from fedjax_qp import config
 from fedjax_qp.algorithms.clustered_sampling import by_similarity, by_size, distances, draw

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from small import images, run_rounds, small_algorithm, small_engine, worst_difference
-from small_softmax import RATE, as_matrix, cohorts, first_weights, gradient, trained
+from support.federations import images, run_rounds, small_algorithm, small_engine, worst_difference
+from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, trained
 
 from fedjax_qp.algorithms import algorithms
 

@@ -1,8 +1,8 @@
 """FedDyn against algorithm 1 of the paper in numpy, and its limits."""
 
 import numpy as np
-from small import CLIENTS, COHORT, worst_difference
-from small_softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
+from support.federations import CLIENTS, COHORT, worst_difference
+from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
 
 from fedjax_qp.algorithms import algorithms
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import worst_difference
-from small_softmax import RATE, ROUNDS, as_matrices, cohorts, errors, softmax, trained, with_ones
+from support.federations import worst_difference
+from support.softmax import RATE, ROUNDS, as_matrices, cohorts, errors, softmax, trained, with_ones
 
 from fedjax_qp.algorithms.fedgen import diversity_loss, draw_inputs, first_generator
 from fedjax_qp.federated import client_key, round_keys

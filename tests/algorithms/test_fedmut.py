@@ -7,7 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import run_rounds, small_algorithm, small_engine, small_model, worst_difference
+from support.federations import run_rounds, small_algorithm, small_engine, small_model, worst_difference
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.fedmut import (

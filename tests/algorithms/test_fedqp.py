@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import run_rounds, small_engine, small_model, worst_difference
+from support.federations import run_rounds, small_engine, small_model, worst_difference
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.fedmut import MutationServer, start_model

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from small import worst_difference
-from small_softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
+from support.federations import worst_difference
+from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
 
 from fedjax_qp.algorithms.fedsam import ascent_of, sharpness_aware
 from fedjax_qp.federated import Batch

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from small import CASES, digits, federation_of, play
+from support.federations import CASES, digits, federation_of, play
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms

@@ -9,8 +9,8 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import Played, play, worst_difference
-from small_regression import RANK, SCALE, SIZES, regression
+from support.federations import Played, play, worst_difference
+from support.regression import RANK, SCALE, SIZES, regression
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.flexlora import truncated_svd

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small import worst_difference
-from small_softmax import RATE, as_matrices, cohorts, errors, softmax, trained, with_ones
+from support.federations import worst_difference
+from support.softmax import RATE, as_matrices, cohorts, errors, softmax, trained, with_ones
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms

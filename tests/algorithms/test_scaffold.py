@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from small import CLIENTS, worst_difference
-from small_softmax import RATE, as_matrix, cohorts, first_weights, gradient, own_examples, trained
+from support.federations import CLIENTS, worst_difference
+from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, own_examples, trained
 
 
 def by_hand(option: str, server_rate: float) -> tuple[np.ndarray, np.ndarray, dict]:

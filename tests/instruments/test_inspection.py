@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
-from small import worst_difference
-from test_config import write
+from support.federations import worst_difference
+from support.runs import write
 
 from fedjax_qp import cli, config
 from fedjax_qp.federated import Batch

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_llama import changed, run
-from test_lora import some_adapters, some_masks
+from support.llama import changed, run, some_adapters, some_masks
 
 from fedjax_qp.federated import Params
 from fedjax_qp.models.language.generation import generate

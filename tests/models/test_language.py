@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_llama import CONFIG, changed
-from test_lora import FROZEN, some_adapters, some_masks
+from support.llama import CONFIG, FROZEN, changed, some_adapters, some_masks
 
 from fedjax_qp.data.text.sequences import Sequences
 from fedjax_qp.federated import Batch, Params

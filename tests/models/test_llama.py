@@ -1,31 +1,18 @@
 """The Llama family against a plain numpy model with loops, and what packing, types and memory options must not change."""
 
-import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.llama import CONFIG, changed, one_record, run
 
 from fedjax_qp.models.language.llama import LlamaConfig, RMSNorm, abstract_weights, forward, initial_weights, logits
 from fedjax_qp.models.language.lora import init_adapters
 from fedjax_qp.models.language.rotary import SCALINGS, frequencies, rotate, rotation
 from fedjax_qp.registry import ConfigurationError
 
-CONFIG = LlamaConfig(
-    vocabulary=64,
-    width=16,
-    layers=2,
-    heads=4,
-    key_value_heads=2,
-    head_size=6,  # not width / heads
-    hidden=24,
-    rope_theta=100.0,
-    rope_scaling=None,
-    norm_epsilon=1e-5,
-    tied=True,
-)
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -33,20 +20,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-
-
-# Compiled once for each architecture and shape.
-run = jax.jit(forward, static_argnums=0, static_argnames="rematerialise")
-
-
-def changed(**options) -> LlamaConfig:
-    return dataclasses.replace(CONFIG, **options)
-
-
-def one_record(length: int, batch: int = 2, seed: int = 0):
-    tokens = np.random.default_rng(seed).integers(0, CONFIG.vocabulary, (batch, length)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    return tokens, positions, np.ones_like(tokens)
 
 
 def reference(config: LlamaConfig, frozen, tokens) -> np.ndarray:

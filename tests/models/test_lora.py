@@ -5,25 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_llama import CONFIG, one_record, run
+from support.llama import CONFIG, FROZEN, one_record, run, some_adapters, some_masks
 
 from fedjax_qp.models.language import lora
-from fedjax_qp.models.language.llama import initial_weights
 from fedjax_qp.registry import ConfigurationError
-
-FROZEN = initial_weights(CONFIG, jax.random.key(0))
-
-
-def some_adapters(rank: int = 3, targets="*_proj"):
-    """Adapters after some training: b is not 0."""
-    adapters = lora.init_adapters(CONFIG, jax.random.key(1), rank, targets)
-    keys = iter(jax.random.split(jax.random.key(2), 2 * len(adapters)))
-    return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), adapters)
-
-
-def some_masks(adapters, share: float = 0.6):
-    keys = iter(jax.random.split(jax.random.key(3), 2 * len(adapters)))
-    return jax.tree.map(lambda x: jax.random.bernoulli(next(keys), share, x.shape), adapters)
 
 
 def test_new_adapters_are_pefts_and_change_nothing():

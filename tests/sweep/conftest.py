@@ -1,11 +1,11 @@
 """Every test gives the folders back that it opened."""
 
-import made
 import pytest
+from support import sweeps
 
 
 @pytest.fixture(autouse=True)
 def closed_stores():
     yield
-    while made.OPENED:
-        made.OPENED.pop().close()
+    while sweeps.OPENED:
+        sweeps.OPENED.pop().close()

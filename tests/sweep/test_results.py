@@ -4,8 +4,8 @@ import json
 
 import pandas as pd
 import pytest
-from made import opened, record_run, sweep_of
 from rich.console import Console
+from support.sweeps import opened, record_run, sweep_of
 
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.figures import plot_curves, plot_space

@@ -6,7 +6,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import sweep_of
+from support.sweeps import sweep_of
 
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.search import Told, check_space, identity, proposals, random

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import sweep_of, write_sweep
+from support.sweeps import sweep_of, write_sweep
 
 from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from made import opened, record_run, sweep_of
+from support.sweeps import opened, record_run, sweep_of
 
 from fedjax_qp.sweep.stopping import Curves, Judge, Peer, curve, number, value_at
 from fedjax_qp.sweep.trials import Store

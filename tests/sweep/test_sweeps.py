@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from made import opened, record_run, sweep_of, write_sweep
 from rich.console import Console
+from support.sweeps import opened, record_run, sweep_of, write_sweep
 
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import records

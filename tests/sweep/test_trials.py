@@ -1,7 +1,7 @@
 """A sweep's folder: trials keep their numbers, and a sweep may only grow."""
 
 import pytest
-from made import opened, record_run, sweep_of
+from support.sweeps import opened, record_run, sweep_of
 
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweep.run import assignments

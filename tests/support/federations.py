@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import small_language
 from jaxtyping import PyTree
 
 from fedjax_qp.algorithms import algorithms
@@ -34,6 +33,7 @@ from fedjax_qp.federated import (
 )
 from fedjax_qp.models import models
 from fedjax_qp.models.classifier import classifier
+from support import language as small_language
 
 CLIENTS, COHORT, BATCH, ROUNDS = 12, 5, 8, 2
 
@@ -292,3 +292,22 @@ def worst_difference(first, second) -> float:
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
     found = [difference(np.asarray(a, float), np.asarray(b, float)) for a, b in pairs]
     return float(np.max(found, initial=0))  # unlike Python's max, it does not lose a NaN
+
+
+def counting() -> Algorithm:
+    """A toy with client memory: every client counts its rounds and its steps; the server counts reports."""
+
+    def finish(shared, own, carry, memory, client):
+        memory = {"rounds": memory["rounds"] + 1, "steps": memory["steps"] + carry}
+        return jnp.ones(()), memory, {"client/loss": carry}
+
+    return Algorithm(
+        init_server=lambda params, clients: (params, jnp.zeros(())),
+        init_client=lambda params: {"rounds": jnp.zeros(()), "steps": jnp.zeros(())},
+        dispatch=lambda server, cohort, key: ((), (), {}),
+        start=lambda shared, own, memory, key: jnp.zeros(()),
+        step=lambda frozen, shared, carry, batch, key: carry + 1,
+        finish=finish,
+        combine=lambda server, total, key: ((server[0], server[1] + total), {}),
+        serve=lambda server, memory: server[0],
+    )

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from test_config import SMALL
 
 from fedjax_qp.sweep import space
 from fedjax_qp.sweep.run import planned
 from fedjax_qp.sweep.space import Sweep, base_values
 from fedjax_qp.sweep.trials import Ending, Store, Trial, write_ending
+from support.runs import SMALL
 
 BASE = {**SMALL, "algorithm": "fedavg", "rounds": 4}
 

@@ -1,0 +1,1 @@
+"""What several tests need: small federations, models, runs and records."""
