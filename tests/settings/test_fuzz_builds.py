@@ -270,7 +270,7 @@ def data(tmp_path_factory) -> Path:
             json.dumps({"instruction": f"Say it {n} times", "output": "One day. " * (n + 1)}) for n in range(count)
         ]
         (folder / f"client_{client}.jsonl").write_text("\n".join(lines))
-    model = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
+    model = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260k"
     if model.is_dir():
         (folder / "model").symlink_to(model)
     return folder

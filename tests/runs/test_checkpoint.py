@@ -266,7 +266,7 @@ def small_state(round: int) -> FederatedState:
 
 def test_killed_and_careless_processes_leave_folders_to_resume_from(tmp_path):
     """Kills come at different moments of saving; the careless process exits with its last save under way."""
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     arguments = [sys.executable, "-W", "error", "-c", PROGRAM, str(tmp_path), "8"]
     process = subprocess.run(
         arguments, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120

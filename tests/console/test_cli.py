@@ -15,7 +15,7 @@ from fedjax_qp.experiment import check, registries, resolve
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings import catalogue
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def told(capsys, *arguments: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from fedjax_qp.data import sources
 from fedjax_qp.registry import ConfigurationError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"
 # As the user has set them; the tests of small sets change both.
 USER_CACHE = os.environ.get("FEDJAX_QP_CACHE", "")
 USER_FOLDER = os.environ.get("TFDS_DATA_DIR") or str(SHARED / "tfds")

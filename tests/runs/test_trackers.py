@@ -130,7 +130,7 @@ def interrupted(tmp_path_factory) -> tuple[Path, dict]:
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
         proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), address)
-        paths = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+        paths = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB", "MLFLOW", "CI"))}
         command = [sys.executable, "-c", INTERRUPTED, str(folder)]
         environment = {**kept, **proxies, "PYTHONPATH": paths, "WANDB_CONFIG_DIR": str(folder.parent)}
@@ -236,7 +236,7 @@ def unanswered(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("runs") / "tracked-seed0"
     folder.mkdir()
     write(folder.parent)
-    paths = os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")))
+    paths = os.pathsep.join((str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
     kept = {name: value for name, value in os.environ.items() if not name.upper().endswith("_PROXY")}
     process = subprocess.run(
         [sys.executable, "-c", SILENT_SERVERS, str(folder)],

@@ -49,7 +49,7 @@ def write_fedqp(folder: Path) -> None:
 def write_perfit(folder: Path) -> None:
     words = [{"instruction": f"Say {n % 7}.", "output": f"The cat {'sat ' * (n % 5)}there."} for n in range(40)]
     (folder / "words.jsonl").write_text("".join(json.dumps(word) + "\n" for word in words))
-    model = Path(__file__).resolve().parents[2] / "shared" / "models" / "stories260k"
+    model = Path(__file__).resolve().parents[3] / "shared" / "models" / "stories260k"
     if not model.is_dir():
         pytest.skip("the folder ../shared with the small language model is not here")
     changes = {
@@ -108,7 +108,7 @@ def start(case: Case, folder: Path) -> subprocess.Popen:
     """Begins a command, or continues it; in a session of its own, so that a kill takes its workers too."""
     begun = case.resume is not None and (folder / case.runs[0] / "config.yaml").exists()
     arguments = case.resume if begun and case.resume is not None else case.begin
-    package = str(Path(__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
     return subprocess.Popen(
         [sys.executable, "-m", "fedjax_qp", *arguments],
