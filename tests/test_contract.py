@@ -32,13 +32,22 @@ from fedjax_qp.algorithms import algorithms
 from fedjax_qp.engine.plan import IDLE, Lanes, Plan
 from fedjax_qp.federated import Batch, FederatedState, init_state
 
-cases = pytest.mark.parametrize("case", CASES)
+# One case of each kind of server, client memory and message; the others are slow here, since each compiles a program of its
+# own. All are traced in the ordinary suite, and run against numpy in the tests of their own files.
+QUICK = ("fedavg", "fedmut", "fedqp-clients", "ditto", "scaffold", "clustered_sampling", "fedit", "perfit")
+
+
+def some(*names: str) -> list:
+    """Cases as parameters."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in names]
+
+
+cases = pytest.mark.parametrize("case", some(*CASES))
 LANGUAGE = [case for case in CASES if CASES[case].language]
 
-# Each run compiles a program, which is what these tests cost, and most of all with a language model. So eight devices with a
-# lane each are for (nearly) all, and other numbers of lanes and pmap for one of each kind: sums of uploads, mutants, single
-# uploads, memories. FedIT stands for the methods that only differ from it in what they average, FedAvg for FedSAM, whose
-# loss alone is another.
+# Eight devices with a lane each are for (nearly) all; other numbers of lanes and pmap are for one of each kind: sums of
+# uploads, mutants, single uploads, memories. FedIT stands for the methods that only differ from it in what they average,
+# FedAvg for FedSAM, whose loss alone is another.
 KINDS = ("fedavg", "fedmut", "fedqp-clients", "ditto")
 AS_FEDIT = ("local_lora", "ffa_lora", "fedsa_lora")
 RUNS = [
@@ -47,6 +56,7 @@ RUNS = [
     *((case, "pmap", 8, 8) for case in ("fedavg", "fedqp-clients", "fedsa_lora")),
     ("perfit", "vmap", 1, 1),
 ]
+LONG = [("perfit", "vmap", 1, 1), ("fedqp-clients", "pmap", 8, 8)]
 
 
 def start_state(case: str) -> FederatedState:
@@ -62,16 +72,19 @@ def test_every_registered_algorithm_is_a_case():
     assert {case.name for case in CASES.values()} == set(algorithms.names())
 
 
-@cases
+@pytest.mark.parametrize("case", CASES)
 def test_structure_in_is_structure_out(case):
-    before, after = start_state(case), reference(case)[0]
+    before, engine = start_state(case), compiled(case)[1]
+    after, _ = jax.eval_shape(engine.run, before, engine.place_plan(plan_of(case, 0, ROUNDS)))
     assert jax.tree.structure(before) == jax.tree.structure(after)
     shapes = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
     assert all(jax.tree.leaves(shapes))
-    assert int(after.round) == ROUNDS
 
 
-@pytest.mark.parametrize(("case", "parallel", "devices", "lanes"), RUNS)
+@pytest.mark.parametrize(
+    ("case", "parallel", "devices", "lanes"),
+    [pytest.param(*run, marks=[pytest.mark.slow] * (run[0] not in QUICK or run in LONG)) for run in RUNS],
+)
 def test_lanes_and_devices_agree(case, parallel, devices, lanes):
     algorithm, federation = small_algorithm(case), federation_of(case)
     engine = small_engine(algorithm, parallel, devices, federation)
@@ -81,10 +94,11 @@ def test_lanes_and_devices_agree(case, parallel, devices, lanes):
         if name.endswith("/loss"):
             assert worst_difference(expected[name], metrics[name]) <= TOLERANCE, name
     np.testing.assert_array_equal(expected["test/count"], metrics["test/count"])
+    assert int(state.round) == ROUNDS
     assert_agree(case, expected_state, state)
 
 
-@pytest.mark.parametrize("case", ["fedavg", "ditto", "perfit-grouped", "flora"])
+@pytest.mark.parametrize("case", some("fedavg", "ditto", "perfit-grouped", "flora"))
 def test_the_engine_does_what_the_interface_says(case):
     """Against a plain loop over the clients of a round."""
     played = play(small_algorithm(case), federation_of(case))
@@ -97,7 +111,7 @@ def test_the_engine_does_what_the_interface_says(case):
         np.testing.assert_allclose(metrics["client/loss"][number], losses, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", LANGUAGE)
+@pytest.mark.parametrize("case", some(*LANGUAGE))
 def test_methods_of_adapters_report_budget_and_personal_tests(case):
     _, metrics = reference(case)
     clients = len(language().parts)
@@ -162,7 +176,7 @@ def test_padding_is_inert(case):
     assert worst_difference(reference(case)[0], state) <= TOLERANCE
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].name not in MUTATING])
+@pytest.mark.parametrize("case", some(*(case for case in CASES if CASES[case].name not in MUTATING)))
 def test_order_in_the_cohort_is_irrelevant(case):
     """Mutating methods are exempt: which mutant a client gets is a draw over the slots."""
     _, engine = compiled(case)
@@ -193,7 +207,7 @@ def test_callers_params_survive_donation(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["fedavg", "fedavg-uniform", "fedavgm", "fedmut", "fedqp-nearest", "fedqp-box", "ditto"]
+    "case", some("fedavg", "fedavg-uniform", "fedavgm", "fedmut", "fedqp-nearest", "fedqp-box", "ditto")
 )
 def test_one_client_with_full_batches_is_plain_sgd(case):
     """The first round of one client: nothing federated is left, only SGD on its batches in the plan's order."""

@@ -10,7 +10,10 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.py"))
 
 
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=[pytest.mark.slow] * (file.stem != "first_round"), id=file.stem) for file in NOTEBOOKS],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the notebook tools, not of ours
 def test_notebook_runs(file, tmp_path):
     notebook = jupytext.read(file)

@@ -49,7 +49,7 @@ def gradient(model: Model, frozen, batch: Batch, trainable, params):
     return jax.grad(lambda own: model.loss(frozen, params._replace(trainable=own), batch, None)[0])(trainable)
 
 
-@pytest.mark.parametrize("name", ["lenet", "femnist_cnn", "resnet18", "llama"])
+@pytest.mark.parametrize("name", ["lenet", "femnist_cnn", pytest.param("resnet18", marks=pytest.mark.slow), "llama"])
 def test_every_product_of_a_step_is_rounded(name: str) -> None:
     model, batch = adapters() if name == "llama" else image_model(name)
     frozen = language.base_weights() if name == "llama" else ()

@@ -21,7 +21,12 @@ from fedjax_qp.engine.plan import IDLE
 
 @pytest.mark.parametrize(
     ("case", "parallel", "devices"),
-    [("fedqp-nearest", "vmap", 1), ("fedavg", "shard_map", 4), ("fedavg", "pmap", 4), ("perfit", "shard_map", 2)],
+    [
+        ("fedqp-nearest", "vmap", 1),
+        ("fedavg", "shard_map", 4),
+        ("fedavg", "pmap", 4),
+        pytest.param("perfit", "shard_map", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_results_are_those_with_the_data_on_the_device(case, parallel, devices):
     """PerFIT reads examples in its preparations too."""

@@ -90,7 +90,7 @@ def assert_close(found, expected):
     "layout",
     [
         {"parallel": "shard_map", "devices": 2, "model_devices": 4},
-        {"parallel": "shard_map", "devices": 4, "model_devices": 2},
+        pytest.param({"parallel": "shard_map", "devices": 4, "model_devices": 2}, marks=pytest.mark.slow),
         {"parallel": "vmap", "model_devices": 2},
     ],
     ids=["2x4", "4x2", "vmap"],

@@ -121,7 +121,7 @@ def test_vmap_over_clients_equals_a_loop(model) -> None:
         np.testing.assert_allclose(got, jnp.stack(expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("normalisation", ["none", "batch"])
+@pytest.mark.parametrize("normalisation", ["none", pytest.param("batch", marks=pytest.mark.slow)])
 def test_training_learns_real_digits(normalisation: str) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     bunch = datasets.load_digits()

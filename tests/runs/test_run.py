@@ -368,7 +368,9 @@ def uninterrupted(tmp_path_factory) -> Path:
     return run(config.load(write(folder), LONG), quiet()).folder
 
 
-@pytest.mark.parametrize("rounds", [1, 20, 45])
+@pytest.mark.parametrize(
+    "rounds", [pytest.param(1, marks=pytest.mark.slow), 20, pytest.param(45, marks=pytest.mark.slow)]
+)
 def test_kill_and_resume_is_bitwise(tmp_path, uninterrupted, rounds):
     file = write(tmp_path)
     folder = config.load(file).run_folder

@@ -77,10 +77,10 @@ def test_every_float_option_may_be_an_array(case):
     [
         ("fedprox", "vmap", 1),
         ("fedqp-history", "vmap", 1),
-        ("fedqp-history", "shard_map", 8),
-        ("fedqp-clients", "vmap", 1),  # sees every upload
+        pytest.param("fedqp-history", "shard_map", 8, marks=pytest.mark.slow),
+        pytest.param("fedqp-clients", "vmap", 1, marks=pytest.mark.slow),  # sees every upload
         ("ditto", "vmap", 1),  # has client memory
-        ("perfit", "vmap", 1),  # prepares its clients
+        pytest.param("perfit", "vmap", 1, marks=pytest.mark.slow),  # prepares its clients
     ],
 )
 def test_a_run_among_others_is_the_run_alone(case, parallel, devices):
@@ -209,6 +209,7 @@ def test_common_times_are_marked_as_such(four):
     assert marks == [{"runs": 4, "lanes": 2, "devices": 1}] * 4
 
 
+@pytest.mark.slow
 def test_a_run_of_several_that_goes_on_alone_measures_its_lanes_once(tmp_path):
     file = write(tmp_path)
     configs = [config.load(file, [f"seed={seed}", "engine.lanes=auto"]) for seed in (0, 1)]
@@ -304,10 +305,10 @@ def whole(tmp_path_factory) -> list[Config]:
 @pytest.mark.parametrize(
     "kills",
     [
-        [(0, 2)],  # before anybody's first checkpoint
-        [(2, 2)],  # some have the first one
+        pytest.param([(0, 2)], marks=pytest.mark.slow),  # before anybody's first checkpoint
+        pytest.param([(2, 2)], marks=pytest.mark.slow),  # some have the first one
         [(2, 4)],  # the second run has ended ahead of the others
-        [(0, 6)],  # all are where it ended
+        pytest.param([(0, 6)], marks=pytest.mark.slow),  # all are where it ended
         [(3, 6), (2, 8)],
     ],
 )

@@ -83,6 +83,7 @@ def test_a_sweep_and_what_is_added_to_it(here, tmp_path):
     assert len(here) == 2  # nothing was left to do
 
 
+@pytest.mark.slow
 def test_hopeless_trials_are_stopped_with_all_seeds(here, tmp_path):
     sweep = sweep_of(
         tmp_path,
@@ -215,6 +216,7 @@ def assert_nothing_lost(folder: Path, finished_before: dict[str, int]) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # Dask's own
+@pytest.mark.slow
 def test_a_killed_worker_loses_nothing(tmp_path):
     sweep, killed = sweep_of(tmp_path, LONG, **KILLED), []
     folder = sweep.sweep_folder
