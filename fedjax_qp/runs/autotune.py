@@ -18,15 +18,15 @@ import jax
 import numpy as np
 import psutil
 
-from fedjax_qp.runs import processes
 from fedjax_qp.config import Engine as EngineSettings
-from fedjax_qp.engine.devices import choices
 from fedjax_qp.engine import bytes_needed
+from fedjax_qp.engine.devices import choices
+from fedjax_qp.engine.plan import Plan, Workload, longest_lane, plan_together, sample_cohort
 from fedjax_qp.experiment import Experiment, first_state, join_states, start_shared_engine, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.files import write_json
-from fedjax_qp.engine.plan import Plan, Workload, longest_lane, plan_together, sample_cohort
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import processes
 
 SHARE = 0.8  # of a device's memory; the rest is for copies on their way, and for what the compiler does not count
 _SHORT, _LONG = 4, 24  # steps of two trial rounds, whose difference is free of a round's fixed costs

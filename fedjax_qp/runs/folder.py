@@ -12,19 +12,18 @@ from types import TracebackType
 from rich.console import Console
 
 from fedjax_qp import config as configuration
-from fedjax_qp.runs import processes, records
-from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition
 from fedjax_qp.experiment import Experiment
-from fedjax_qp.runs.environment import environment
-from fedjax_qp.files import read_mark, remove_partial, write_json, writing
-from fedjax_qp.files import lock_folder
+from fedjax_qp.files import lock_folder, read_mark, remove_partial, write_json, writing
+from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports.plots import plot_run
+from fedjax_qp.runs import processes, records
+from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.environment import environment
+from fedjax_qp.runs.loop import Chunk, NonFiniteLoss
 from fedjax_qp.runs.provenance import Provenance
 from fedjax_qp.runs.records import ENDED, FAILURE, Recorder
-from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.loop import Chunk, NonFiniteLoss
 from fedjax_qp.runs.trackers import Trackers
 
 SHARED = "together.json"  # in the folder of a run that shares its program: how

@@ -21,16 +21,16 @@ from rich.table import Table
 
 from fedjax_qp.config import Config
 from fedjax_qp.data.text.sequences import Sequences
-from fedjax_qp.engine.devices import check_devices, settle
 from fedjax_qp.engine import Devices, PersonalTests, Program, TestSet, make_program
+from fedjax_qp.engine.devices import check_devices, settle
+from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
 from fedjax_qp.experiment import method, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
-from fedjax_qp.models.language import gguf, lora
 from fedjax_qp.models import language_models
-from fedjax_qp.models.language.model import language_model
+from fedjax_qp.models.language import gguf, lora
 from fedjax_qp.models.language.llama import LlamaConfig, abstract_weights, split_axes
+from fedjax_qp.models.language.model import language_model
 from fedjax_qp.models.language.pretrained_config import read_config
-from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
 from fedjax_qp.registry import ConfigurationError
 
 MOST_SEQUENCES = 10**8  # of all clients together; their numbers are laid out on this machine

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Int, PyTree
 
 from fedjax_qp.engine import Engine
+from fedjax_qp.engine.plan import Plan, of_run, plan_together, taken_part
 from fedjax_qp.experiment import Experiment, first_state, host_copy, join_states, start_shared_engine
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.runs.autotune import definite_layout
-from fedjax_qp.engine.plan import Plan, of_run, plan_together, taken_part
 from fedjax_qp.runs.records import chunk_records, nonfinite_clients
 
 

@@ -14,9 +14,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from fedjax_qp.console.terminal import take_back
 from fedjax_qp.engine.devices import share_out_cores
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.console.terminal import take_back
 
 
 def join(

@@ -23,19 +23,19 @@ from rich.progress import (
 from rich.text import Text
 
 from fedjax_qp import config as configuration
-from fedjax_qp.runs import processes, records
-from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.config import Config
+from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.data import print_table, summary
 from fedjax_qp.experiment import Experiment, advice, build, first_state, resolve, with_layout
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.runs.autotune import choose_layout
-from fedjax_qp.runs.provenance import Provenance, provenance
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import processes, records
+from fedjax_qp.runs.autotune import choose_layout
+from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.folder import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
 from fedjax_qp.runs.loop import NonFiniteLoss, planned_without, simulate_together
+from fedjax_qp.runs.provenance import Provenance, provenance
 from fedjax_qp.runs.startup import Startup
-from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.runs.trackers import check_trackers
 
 DRIFT_LIMIT = 0.9

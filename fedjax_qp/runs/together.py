@@ -19,7 +19,6 @@ import numpy as np
 from rich.console import Console
 
 from fedjax_qp import config as configuration
-from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.config import Config
 from fedjax_qp.experiment import (
     Experiment,
@@ -33,11 +32,20 @@ from fedjax_qp.experiment import (
 )
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.files import read_mark, write_json
-from fedjax_qp.runs.autotune import choose_layout
-from fedjax_qp.runs.provenance import Provenance, check_beside, provenance
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.autotune import choose_layout
+from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.folder import (
+    SHARED,
+    begin_folder,
+    lock_run,
+    make_folder,
+    read_ended,
+    restorable,
+    shared_its_program,
+)
+from fedjax_qp.runs.provenance import Provenance, check_beside, provenance
 from fedjax_qp.runs.run import Outcome, check_provenance, continue_runs, newest_state
-from fedjax_qp.runs.folder import SHARED, begin_folder, lock_run, make_folder, read_ended, restorable, shared_its_program
 from fedjax_qp.runs.startup import Startup
 from fedjax_qp.runs.trackers import check_trackers
 

@@ -31,10 +31,10 @@ from typing import Any, NamedTuple, Protocol
 from tensorboardX import SummaryWriter
 
 from fedjax_qp import config as configuration
-from fedjax_qp.runs import records as recorded
 from fedjax_qp.config import Config
 from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs import records as recorded
 
 FILE = "tracking.json"
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # by setting; TensorBoard's is always installed
