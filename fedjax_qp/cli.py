@@ -180,7 +180,7 @@ def compare(
 
     Args:
       runs: run folders; runs that differ in nothing but the seed are one method.
-      last: accuracy is the mean over so many last evaluations.
+      last: number of last evaluations that an accuracy is averaged over.
       target: reports the rounds to reach this accuracy.
       baseline: name of the method that paired differences are taken to.
       output: files are written to this path with the endings .md, .json and .png.
@@ -249,7 +249,7 @@ def report(
     Args:
       runs: run folders.
       output: the file; default report.html in the folder of a single run, comparison.html for several.
-      last: in a comparison, accuracy is the mean over so many last evaluations.
+      last: in a comparison, number of last evaluations that an accuracy is averaged over.
       target: reports the rounds to reach this accuracy.
       baseline: name of the method that paired differences are taken to.
     """

@@ -72,7 +72,7 @@ class Text:
     longer: Literal["cut", "drop"] = "cut"  # what happens to a longer record; the end is cut off
     pack: Truth = True  # several records in a sequence, each seeing only itself
     test_records: Count = 16  # held out by each client
-    train_records: Count | None = None  # at most so many for each client; null = all the others
+    train_records: Count | None = None  # cap per client; null = all remaining records
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Engine:
     devices: Count | Literal["auto"] = "auto"  # auto: one or all, measured with lanes: auto; with a number of lanes one
     model_devices: Count = 1  # devices that share the frozen weights of each group of lanes
     lanes: Count | Literal["auto"] = "auto"  # clients trained side by side; auto measures and picks
-    memory_gigabytes: Positive | None = None  # that auto may plan with on each device; null = 80 % of what there is
+    memory_gigabytes: Positive | None = None  # memory budget per device for lanes: auto; null = 80 % of the device
     rounds_per_chunk: Count = 10  # rounds in one program; also the distance of checkpoints
     client_store: Literal["device", "host"] = "device"  # of the clients' memories
     data_store: Literal["device", "host"] = "device"  # of the training examples; host: devices get those of their lanes
@@ -111,7 +111,7 @@ class Evaluation:
     batch_size: Annotated[Count, Field(le=10**6)] = 500
     target_accuracy: Annotated[Finite, Field(gt=0, le=1)] | None = None  # reports "rounds to reach"
     stop_at_target: Truth = False
-    patience: Count | None = None  # stop after so many evaluations without a better accuracy
+    patience: Count | None = None  # evaluations without a better accuracy before the run stops
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML file of settings.
 
     Raises:
-      ConfigurationError: no such file (those there are are named), or it holds something else.
+      ConfigurationError: the file does not exist (the message lists similar ones), or it holds something else.
     """
     file = Path(os.path.expanduser(path))
     if not os.path.isfile(file):  # unlike Path.is_file it also takes what can be no path

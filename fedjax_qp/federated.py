@@ -139,7 +139,7 @@ class Sampling(NamedTuple):
     """How a method draws its cohorts, where it does not draw them uniformly without replacement. On the host, in numpy."""
 
     draw: Callable  # (sizes [K], memories [K, ...], M, generator) -> clients [M], possibly the same more than once
-    reads_memories: bool = False  # as the last round left them: chunks are then of one round
+    reads_memories: bool = False  # reads the last round's memories, which forces one round per chunk
 
 
 class Algorithm(NamedTuple):

@@ -76,7 +76,7 @@ def scaffold(
 
     Args:
       option: how a client renews its control variate, see the module. The paper's experiments all use II; I was seen to
-        diverge (LeNet, clients of few classes each) at a learning rate that II bears.
+        diverge (LeNet, clients of few classes each) at a learning rate that option II tolerates.
       server_learning_rate: η_g.
       weighting: of the clients in the mean model; the paper's is uniform.
     """

@@ -158,7 +158,7 @@ def prepare_clients(
     memories: PyTree,
     keys: Key[Array, "X"],
 ) -> PyTree:
-    """Runs `prepare` for the members of the cohorts who are due: in turns of one client a lane, none where nobody is due.
+    """Runs `prepare` for the members who are due: one client per lane at a time, and no turn if nobody needs it.
 
     Args:
       work: this round's preparations on this device: slots [L, U], examples [L, U, P, B], turns [L].

@@ -1,7 +1,7 @@
 """Which devices a run takes: what the engine's settings leave open, and what they must agree on.
 
 Of a CPU every core can be a device: two lanes on two cores then work at their own pace, where operations of one device would
-share both cores and wait for each other at each end. Whether that is faster is measured with the lanes (see `lanes`).
+share both cores and wait for each other at each end. Whether that is faster is measured with the lanes (see `runs.autotune`).
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ def settle(config: Config) -> Config:
 
 
 def choices(engine: Engine, clients: int) -> list[int]:
-    """Numbers of devices to choose from for so many clients of a round; of settled settings."""
+    """Numbers of devices to choose from, for settled settings and the number of clients of a round."""
     if engine.devices != "auto":
         return [engine.devices]
     available = min(jax.device_count(), clients)

@@ -42,7 +42,7 @@ def evaluate(model: Model, frozen: PyTree, params: PyTree, test: TestSet, axis: 
 
 
 def even_batches(count: int, most: int) -> tuple[int, int]:
-    """As few batches as hold so many examples, none above `most`, and their common size, as small as that allows."""
+    """The fewest batches of at most `most` that hold all examples, and the smallest common size for them."""
     batches = max(-(-count // most), 1)
     return batches, max(-(-count // batches), 1)
 

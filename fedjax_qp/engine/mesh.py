@@ -2,7 +2,7 @@
 
 Lanes are split over the mesh axis `clients`. Where the frozen weights are too big for one device, a second axis `model`
 shares them out: each group of lanes then has `model_devices` devices, and the compiler finds from the weights' places how
-these divide the work and what they exchange (it is left to it: shard_map is told of the first axis only).
+these divide the work and what they exchange: XLA partitions the second axis, shard_map is manual over the first.
 """
 
 from collections.abc import Callable

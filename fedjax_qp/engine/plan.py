@@ -1,4 +1,4 @@
-"""Host side of a round: which clients take part, which examples each step sees, and which lane runs whom.
+"""Host side of a round: which clients take part, which examples each step sees, and which client runs on which lane.
 
 Everything here is numpy and a function of (seed, round): a plan does not depend on earlier rounds, so a resumed run makes
 the same plans, and the host makes the next chunk's plan while the device runs the present one.

@@ -11,7 +11,7 @@ from fedjax_qp.experiment.parts import defaults
 
 
 def advice(experiment: Experiment) -> list[str]:
-    """What a user should know of settings that work but hardly are what was meant."""
+    """Lists settings that are valid but probably unintended."""
     config, local, algorithm = experiment.config, experiment.config.local, experiment.algorithm
     found = []
     if algorithm.plain_sgd and local.optimizer == "sgd" and local.momentum > 0:

@@ -100,7 +100,7 @@ def _by_training(subject: Subject, settings: Settings) -> Float[np.ndarray, "K"]
 
 
 def _own_examples(experiment: Experiment, settings: Settings) -> PersonalTests:
-    """Every client's training examples, or so many of them, as tests of its own."""
+    """Every client's training examples, or a sample of them, as its own tests."""
     parts, numbers = experiment.task.parts, generator(settings.seed, Stream.INSPECTION)
     most = min(settings.client_examples, max(len(part) for part in parts))
     batches, size = even_batches(most, settings.batch_size)

@@ -34,7 +34,7 @@ class Settings:
       probes: of Hutchinson's trace.
       draws: cohorts of mutations in the angle histogram.
       replays: rounds that are run once more for the conflict over rounds, spread over the checkpoints that are kept.
-      client_examples: at most so many of each client's training examples are tested.
+      client_examples: cap on each client's training examples that are tested.
     """
 
     examples: int = 1000

@@ -29,7 +29,7 @@ from fedjax_qp.models.winograd import TILES, join_tiles, winograd_tiles
 Form = Literal["auto", "lax", "patches", "toeplitz", "winograd"]
 Padding = Literal["SAME", "VALID"] | int
 
-# With at most so many channels the inputs are taken for images, which come straight from the data.
+# Inputs with no more channels than this are taken for images, which come straight from the data.
 IMAGE_CHANNELS = 4
 # With more channels multiplying dominates.
 TOEPLITZ_CHANNELS = 16

@@ -99,7 +99,8 @@ def _solve(
 def _residual(hessian: Float[Array, "R R"], linear: Float[Array, "R"], v: Float[Array, "R"]) -> Float[Array, ""]:
     """Of v ≥ 0, Hv + linear ≥ 0 and their complementarity, relative to the size of v (`linear` has size 1).
 
-    Multipliers beyond 1,000 earn no more indulgence: they come from contradicting references without regularisation.
+    Multipliers beyond 1,000 do not loosen the tolerance further: they come from references that contradict
+    each other, without regularisation.
     """
     return jnp.max(jnp.abs(jnp.minimum(v, hessian @ v + linear))) / jnp.clip(jnp.max(v), 1, 1e3)
 

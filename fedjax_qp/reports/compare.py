@@ -179,7 +179,7 @@ def summary(
     """Summarises each method over its seeds.
 
     Args:
-      last: accuracies are means over so many last evaluations (all, where there are fewer).
+      last: number of last evaluations that an accuracy is averaged over (all, where there are fewer).
       target: accuracy (0 to 1) for the rounds to reach it.
       baseline: label of the method that paired differences are taken to, or a name that only its runs have.
 
@@ -475,9 +475,9 @@ def notes(rows: list[Row]) -> list[str]:
     reference = (baselines or [row.method for row in rows])[0]
     single = [row.method for row in rows if len(row.seeds) == 1]
     return [
-        *(f"Not whole: {row.method}, {', '.join(row.unfinished)}." for row in rows if row.unfinished),
+        *(f"Incomplete: {row.method}, {', '.join(row.unfinished)}." for row in rows if row.unfinished),
         *(
-            f"Not an equal comparison: {reference} → {row.method} differs in {'; '.join(row.unequal)}."
+            f"Settings differ: {reference} → {row.method} differs in {'; '.join(row.unequal)}."
             for row in rows
             if row.unequal
         ),

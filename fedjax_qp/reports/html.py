@@ -93,7 +93,7 @@ def write_report(
     Args:
       folders: run folders.
       output: HTML file.
-      last: accuracies in a comparison are means over so many last evaluations.
+      last: number of last evaluations that a comparison's accuracies are averaged over.
       target: accuracy (0 to 1) for the rounds to reach it.
       baseline: label of the method that paired differences are taken to.
 
@@ -195,7 +195,7 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
     elif compare.unfinished(run) is not None:
         found.append(f"Unfinished: {_done(run)} of {run.config['rounds']} rounds.")
     if (lack := compare.incomplete(run)) is not None:
-        found.append(f"Not whole: the run {lack}.")
+        found.append(f"Incomplete: the run {lack}.")
     if (broken := recorded.nonfinite_tests(lines)) is not None:
         found.append(f"{broken[0].upper()}{broken[1:]}")
     drifts = _with_rounds(run, "mutation/drift_largest") or _with_rounds(run, "mutation/drift")
@@ -227,7 +227,7 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
             f"The last accuracy is {100 * (best - evaluations[-1][0]):.1f} points below the best (round {at})."
         )
     if str((environment or {}).get("commit") or "").endswith("-dirty"):
-        found.append("Computed from a checkout with local changes: its commit does not tell the whole code.")
+        found.append("Computed from a checkout with local changes, so its commit does not reproduce the run.")
     return found
 
 

@@ -177,7 +177,7 @@ def definite_layout(experiments: Sequence[Experiment]) -> list[Experiment]:
 
 
 def sampled_steps(experiments: Sequence[Experiment]) -> list[np.ndarray]:
-    """Steps of each client of some rounds; sampled uniformly, for want of memories."""
+    """Steps of each client of some rounds, sampled uniformly, since there are no client memories yet."""
     works = [experiment.work._replace(sampling=None) for experiment in experiments]
     return [np.concatenate([sample_cohort(work, round).steps for work in works]) for round in range(_COHORTS)]
 
@@ -247,7 +247,7 @@ class LaneTimer:
 
     def _add_long_plan(self) -> int:
         """Of fewer steps where they are slow, and noise matters less; returns how often to repeat."""
-        self._seconds(_SHORT)  # the first time is not like the others
+        self._seconds(_SHORT)  # warm-up: the first call has one-off costs
         step = float(processes.of_first(self._seconds(_SHORT))) / _SHORT
         many = _SHORT + min(max(int(_LONG_SECONDS / step), 2), _LONG - _SHORT)
         self.plans = {_SHORT: self.plans[_SHORT], many: self.engine.place_plan(self._plan(many))}

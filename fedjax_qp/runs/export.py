@@ -1,4 +1,4 @@
-"""What one takes away from an instruction-tuning run: every client's adapter as a PEFT folder, and sample answers."""
+"""Exports the adapters of an instruction-tuning run as PEFT folders, and samples answers."""
 
 from collections.abc import Sequence
 from pathlib import Path

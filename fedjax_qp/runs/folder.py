@@ -27,7 +27,7 @@ from fedjax_qp.runs.records import ENDED, FAILURE, Recorder
 from fedjax_qp.runs.trackers import Trackers
 
 SHARED = "together.json"  # in the folder of a run that shares its program: how
-# A line a chunk: its last round, and seconds since the one before it, or since the process began it.
+# One line per chunk: its last round, and the seconds since the previous chunk or the start.
 TIMES = "times.jsonl"
 
 

@@ -37,7 +37,7 @@ MOST_SEQUENCES = 10**8  # of all clients together; their numbers are laid out on
 
 
 class Memory(NamedTuple):
-    """Bytes on one device, and what they are of."""
+    """Bytes per device, by purpose."""
 
     frozen: int
     clients: int  # all memories

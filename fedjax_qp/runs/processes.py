@@ -74,7 +74,7 @@ def first() -> bool:
 
 
 def console() -> Console:
-    """The terminal; of the other processes nothing is heard."""
+    """A console that is silent except on process 0."""
     return Console(quiet=not first())
 
 
@@ -90,7 +90,7 @@ def of_first(value: float) -> float:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says so, in all processes."""
+    """True everywhere if the flag is set on any process."""
     return flag if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 

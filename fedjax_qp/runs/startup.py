@@ -1,4 +1,4 @@
-"""How long a run takes until its first round begins: printed, and in the run's folder. The records know no clock."""
+"""How long a run takes until its first round begins. Timings stay out of records.jsonl so that it is reproducible."""
 
 import time
 from pathlib import Path

@@ -142,7 +142,7 @@ class Trackers:
             self._remember(name, self._known[name]._replace(rounds=self._rounds[name]), durable=False)
 
     def _tensorboard(self, folder: Path, done: int) -> tuple[Tracker, int]:
-        """A writer that purges the rounds after the last one `done`; it gets what it missed of those before."""
+        """A writer that purges the rounds after the last one `done`; it also gets earlier rounds that it missed."""
         known = self._known.get("tensorboard", Continued(id="", to=""))
         held = min(known.rounds, done)
         self._remember("tensorboard", known._replace(rounds=held))

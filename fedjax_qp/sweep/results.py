@@ -53,7 +53,7 @@ def summarise(store: Store, curves: Curves) -> list[Row]:
 
 
 def label(sweep: Sweep, trial: Trial) -> str:
-    """A trial's variant and searched settings, without what goes without saying."""
+    """A trial's variant and searched settings, omitting what all trials share."""
     variant = next(one for one in sweep.every_variant() if one.name == trial.point.variant)
     settings = {key: value for key, value in trial.point.settings.items() if key in variant.space}
     shown = ", ".join(f"{name}={shortened(settings[key])}" for key, name in short_names(list(settings)).items())
@@ -130,7 +130,7 @@ def tidy(store: Store) -> pd.DataFrame:
 
 
 def table(sweep: Sweep, rows: Sequence[Row], *, most: int | None = None) -> TextTable:
-    """The trials for the terminal; at most so many of them."""
+    """The trials for the terminal, at most `most` of them."""
     shown = rows[:most]
     left_out = len(rows) - len(shown)
     notes = [f"… and {left_out} more"] if left_out else []

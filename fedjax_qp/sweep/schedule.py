@@ -67,7 +67,7 @@ def machine(platforms: str) -> Machine:
         return Machine(cores(), ())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        # As CUDA reads it: what stands behind an entry that is none is hidden too.
+        # As in CUDA, entries after an invalid one are ignored.
         names = itertools.takewhile(lambda name: name and not name.startswith("-"), visible.split(","))
         return Machine(cores(), tuple(names))
     try:

@@ -227,7 +227,7 @@ def _extremes(dimension: Dimension) -> list[Any]:
 
 
 def _asked(sweep: Sweep, variant: Variant, told: Sequence[Told]) -> Iterator[Point]:
-    """Asks a study that knows the results without end."""
+    """Yields proposals forever from a study of the results so far."""
     import optuna
 
     logging.getLogger("optuna").setLevel(logging.WARNING)

@@ -77,7 +77,7 @@ def records(*, files: tuple[str, ...] | str, test_file: str | None = None, limit
       files: a file, a folder (all its .json and .jsonl files) or a pattern such as `data/client_*.json`, or several of
         these. What a folder or a pattern finds is in natural order: client_2 before client_10.
       test_file: records to test on; left out of a folder or pattern that contains it.
-      limit: reads at most so many records of each training file, for a first try.
+      limit: cap on the records read from each training file, for a first try.
 
     Raises:
       ConfigurationError: a file is missing, empty or no JSON, or a record lacks a key or an answer; names file and line.
