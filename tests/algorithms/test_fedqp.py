@@ -1,5 +1,7 @@
 """FedQP's mutants in parameter space: the start models that clients really get, against plain numpy."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,8 @@ def vector(tree) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.fixture(scope="module")
-def server() -> MutationServer:
+@cache
+def made_server() -> MutationServer:
     """A made-up server whose last update has layers of very different length."""
     trainable = small_model().init(jax.random.key(3)).trainable
     leaves, structure = jax.tree.flatten(trainable)
@@ -31,6 +33,16 @@ def server() -> MutationServer:
     rows = [jax.tree.map(lambda leaf, k=key: jax.random.normal(k, leaf.shape), update) for key in keys]
     references = jax.tree.map(lambda *leaves: jnp.stack([*leaves, jnp.zeros_like(leaves[0])]), *rows)  # one empty row
     return MutationServer(Params(trainable, {}), update, jnp.int32(60), references)
+
+
+@pytest.fixture(scope="module")
+def server() -> MutationServer:
+    return made_server()
+
+
+@cache  # several tests look at the same ones
+def mutants_of_it(*arguments, **options) -> tuple[np.ndarray, dict]:
+    return mutants(made_server(), *arguments, **options)
 
 
 def mutants(server: MutationServer, members: int = MEMBERS, name: str = "fedqp", **options) -> tuple[np.ndarray, dict]:
@@ -47,14 +59,14 @@ def cosines(rows: np.ndarray, direction: np.ndarray) -> np.ndarray:
 
 
 def test_some_of_fedmuts_mutants_look_backward(server):
-    drawn, _ = mutants(server, name="fedmut")
+    drawn, _ = mutants_of_it(name="fedmut")
     assert (cosines(drawn, vector(server.update)) < -0.1).any()
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("form", ["nearest", "box", "joint"])
 def test_corrected_mutants_are_acute(server, form, margin):
-    rows, metrics = mutants(server, form=form, margin=margin, drift=max(0.9, ALPHA * margin))
+    rows, metrics = mutants_of_it(form=form, margin=margin, drift=max(0.9, ALPHA * margin))
     g = vector(server.update)
     size, lengths = ALPHA * np.linalg.norm(g), np.linalg.norm(rows, axis=1)
     assert (rows @ g / np.linalg.norm(g) - margin * lengths).min() >= -2e-5 * size
@@ -65,8 +77,8 @@ def test_corrected_mutants_are_acute(server, form, margin):
 
 
 def test_nearest_moves_along_the_update_and_no_further_than_needed(server):
-    drawn, _ = mutants(server, name="fedmut")
-    rows, _ = mutants(server, form="nearest")
+    drawn, _ = mutants_of_it(name="fedmut")
+    rows, _ = mutants_of_it(form="nearest")
     g = vector(server.update)
     multiplier = np.maximum(-drawn @ g / (g @ g), 0)
     np.testing.assert_allclose(rows, drawn + multiplier[:, None] * g, atol=2e-5 * ALPHA * np.linalg.norm(g))
@@ -74,14 +86,14 @@ def test_nearest_moves_along_the_update_and_no_further_than_needed(server):
 
 @pytest.mark.parametrize("form", ["box", "joint"])
 def test_boxed_forms_stay_in_fedmuts_box(server, form):
-    rows, _ = mutants(server, form=form, margin=0.2, drift=0.6)
+    rows, _ = mutants_of_it(form=form, margin=0.2, drift=0.6)
     g = vector(server.update)
     assert (np.abs(rows) <= ALPHA * np.abs(g) * (1 + 1e-5) + 1e-6).all()
 
 
 @pytest.mark.parametrize(("members", "drift"), [(10, 0.5), (10, 1.2), (5, 0.5)])
 def test_joint_has_exactly_the_chosen_mean(server, members, drift):
-    rows, metrics = mutants(server, members, form="joint", drift=drift)
+    rows, metrics = mutants_of_it(members, form="joint", drift=drift)
     g = vector(server.update)
     np.testing.assert_allclose(rows.mean(0), drift * g, atol=1e-5 * np.abs(g).max())
     assert metrics["mutation/drift"] == pytest.approx(drift, abs=1e-5)
@@ -90,10 +102,10 @@ def test_joint_has_exactly_the_chosen_mean(server, members, drift):
 @pytest.mark.parametrize("form", ["nearest", "box", "joint", "references"])
 @pytest.mark.parametrize("members", [10, 5])
 def test_ablations_have_the_same_mean(server, form, members):
-    corrected, _ = mutants(server, members, form=form)
-    shifted, shifted_metrics = mutants(server, members, form=form, use="shifted")
-    alone, alone_metrics = mutants(server, members, form=form, use="drift")
-    drawn, _ = mutants(server, members, name="fedmut")
+    corrected, _ = mutants_of_it(members, form=form)
+    shifted, shifted_metrics = mutants_of_it(members, form=form, use="shifted")
+    alone, alone_metrics = mutants_of_it(members, form=form, use="drift")
+    drawn, _ = mutants_of_it(members, name="fedmut")
     size = np.linalg.norm(vector(server.update))
     np.testing.assert_allclose(shifted.mean(0), corrected.mean(0), atol=1e-5 * size)
     np.testing.assert_allclose(alone, np.broadcast_to(corrected.mean(0), alone.shape), atol=1e-5 * size)
@@ -108,21 +120,21 @@ def test_ablations_have_the_same_mean(server, form, members):
 
 def test_the_odd_client_is_not_corrected(server):
     for form in ("nearest", "box", "joint", "references"):
-        rows, _ = mutants(server, 5, form=form)
+        rows, _ = mutants_of_it(5, form=form)
         np.testing.assert_allclose(rows[-1], 0, atol=1e-6)
 
 
 def test_max_drift_limits_the_mean(server):
-    _, free_metrics = mutants(server, form="box", margin=0.3)
-    _, metrics = mutants(server, form="box", margin=0.3, max_drift=0.2)
+    _, free_metrics = mutants_of_it(form="box", margin=0.3)
+    _, metrics = mutants_of_it(form="box", margin=0.3, max_drift=0.2)
     assert free_metrics["mutation/drift_largest"] > 0.3
     assert metrics["mutation/drift_largest"] == pytest.approx(0.2, abs=1e-5)
 
 
 @pytest.mark.parametrize("references", ["clients", "history"])
 def test_referenced_mutants_are_acute_with_every_direction(server, references):
-    drawn, _ = mutants(server, name="fedmut")
-    made, metrics = mutants(server, form="references", references=references, references_kept=4)
+    drawn, _ = mutants_of_it(name="fedmut")
+    made, metrics = mutants_of_it(form="references", references=references, references_kept=4)
     rows = [jax.tree.map(lambda leaf, i=index: leaf[i], server.references) for index in range(3)]
     directions = np.stack([vector(server.update), *(vector(row) for row in rows)])
     before = np.stack([cosines(drawn, direction) for direction in directions])
@@ -202,4 +214,4 @@ def test_without_an_update_nothing_is_mutated_and_all_numbers_are_finite(server)
 
 def test_a_drift_that_the_cohort_cannot_have_is_refused(server):
     with pytest.raises(ConfigurationError, match=r"drift = 1.8 is not in \[0, 1.6\].*cohort of 5"):
-        mutants(server, 5, form="joint", drift=1.8)
+        mutants_of_it(5, form="joint", drift=1.8)
