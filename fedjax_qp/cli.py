@@ -140,11 +140,11 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
     """Searches settings: many trials, several seeds each, on all cores or on a Dask cluster. Repeated, it continues.
 
     Args:
-      config: YAML file of the sweep; see fedjax_qp/sweep/space.py and configs/sweep_mnist_5k.yaml.
+      config: YAML file of the sweep; see fedjax_qp/sweeps/space.py and configs/sweep_mnist_5k.yaml.
       overrides: settings of the sweep (workers=2 trials=40) or of its base configuration (rounds=20) to change.
       check: only checks every trial and counts the runs.
     """
-    from fedjax_qp.sweep.space import base_values, load
+    from fedjax_qp.sweeps.space import base_values, load
 
     loaded = load(config, list(overrides))
     base = base_values(loaded)
@@ -153,7 +153,7 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
     if "jax" not in sys.modules:  # this process trains nothing, and must not hold the workers' memory
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:
-        from fedjax_qp.sweep.run import planned, run_sweep
+        from fedjax_qp.sweeps.run import planned, run_sweep
     except ImportError as error:
         raise ConfigurationError(f"sweeps need more packages ({error}): pip install -e '.[sweep]'.") from None
 

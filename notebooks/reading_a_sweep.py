@@ -30,9 +30,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from fedjax_qp import config
-from fedjax_qp.sweep import space
-from fedjax_qp.sweep.results import table
-from fedjax_qp.sweep.run import run_sweep
+from fedjax_qp.sweeps import space
+from fedjax_qp.sweeps.results import table
+from fedjax_qp.sweeps.run import run_sweep
 
 folder = Path(tempfile.mkdtemp())
 base = config.from_dict(

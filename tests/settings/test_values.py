@@ -11,7 +11,7 @@ from fedjax_qp import config
 from fedjax_qp.experiment import registries
 from fedjax_qp.registry import ConfigurationError, Registry
 from fedjax_qp.settings.values import Count, Finite, Name, Positive, Whole, checkable, shown, takes
-from fedjax_qp.sweep import space
+from fedjax_qp.sweeps import space
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, 10**400, -(10**400), "nan", "-inf", [], {}, "ten")
 GROUPS = (config.Config, *config.groups().values(), config.Wandb, config.Mlflow)

@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
-from fedjax_qp.sweep import space
-from fedjax_qp.sweep.run import planned
-from fedjax_qp.sweep.space import Sweep, base_values
-from fedjax_qp.sweep.trials import Ending, Store, Trial, write_ending
+from fedjax_qp.sweeps import space
+from fedjax_qp.sweeps.run import planned
+from fedjax_qp.sweeps.space import Sweep, base_values
+from fedjax_qp.sweeps.trials import Ending, Store, Trial, write_ending
 from support.runs import SMALL
 
 BASE = {**SMALL, "algorithm": "fedavg", "rounds": 4}

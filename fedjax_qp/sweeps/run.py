@@ -17,16 +17,16 @@ from fedjax_qp import config as configuration
 from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.files import writing
 from fedjax_qp.runs.together import groups, remembered_programs
-from fedjax_qp.sweep import search
-from fedjax_qp.sweep.figures import plot_curves, plot_space
-from fedjax_qp.sweep.live import LiveTable
-from fedjax_qp.sweep.results import Row, check_metric, summarise, table, tidy, write_results
-from fedjax_qp.sweep.schedule import connect, run_tasks, workers_of
-from fedjax_qp.sweep.search import Point, Told
-from fedjax_qp.sweep.space import Sweep, base_values
-from fedjax_qp.sweep.stopping import Curves, Peer
-from fedjax_qp.sweep.trials import Store, Trial
-from fedjax_qp.sweep.worker import Assignment, Task, unfinished
+from fedjax_qp.sweeps import search
+from fedjax_qp.sweeps.figures import plot_curves, plot_space
+from fedjax_qp.sweeps.live import LiveTable
+from fedjax_qp.sweeps.results import Row, check_metric, summarise, table, tidy, write_results
+from fedjax_qp.sweeps.schedule import connect, run_tasks, workers_of
+from fedjax_qp.sweeps.search import Point, Told
+from fedjax_qp.sweeps.space import Sweep, base_values
+from fedjax_qp.sweeps.stopping import Curves, Peer
+from fedjax_qp.sweeps.trials import Store, Trial
+from fedjax_qp.sweeps.worker import Assignment, Task, unfinished
 
 
 class Outcome(NamedTuple):

@@ -9,9 +9,9 @@ from support.sweeps import sweep_of, write_sweep
 
 from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep import search, space
-from fedjax_qp.sweep.run import planned
-from fedjax_qp.sweep.space import Choices, Range, base_values, from_dict, listed, to_dict
+from fedjax_qp.sweeps import search, space
+from fedjax_qp.sweeps.run import planned
+from fedjax_qp.sweeps.space import Choices, Range, base_values, from_dict, listed, to_dict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

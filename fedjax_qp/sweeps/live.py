@@ -7,9 +7,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from fedjax_qp.sweep.results import Row, summarise, table
-from fedjax_qp.sweep.stopping import Curves
-from fedjax_qp.sweep.trials import Store
+from fedjax_qp.sweeps.results import Row, summarise, table
+from fedjax_qp.sweeps.stopping import Curves
+from fedjax_qp.sweeps.trials import Store
 
 _MOST_ROWS = 20
 _SHARE = 0.1  # of the time may go into reading the folders

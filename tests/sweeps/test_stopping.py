@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.sweeps import opened, record_run, sweep_of
 
-from fedjax_qp.sweep.stopping import Curves, Judge, Peer, curve, number, value_at
-from fedjax_qp.sweep.trials import Store
+from fedjax_qp.sweeps.stopping import Curves, Judge, Peer, curve, number, value_at
+from fedjax_qp.sweeps.trials import Store
 
 
 def store_of(tmp_path, accuracies, **settings) -> Store:

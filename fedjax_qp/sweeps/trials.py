@@ -26,8 +26,8 @@ from fedjax_qp import config as configuration
 from fedjax_qp.files import lock_folder, lock_now, read_mark, write_json, write_whole, writing
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.strict import load_json, load_yaml, read_text
-from fedjax_qp.sweep.search import Point, identity
-from fedjax_qp.sweep.space import Sweep, to_dict
+from fedjax_qp.sweeps.search import Point, identity
+from fedjax_qp.sweeps.space import Sweep, to_dict
 
 OUTCOME = "outcome.json"
 COMPLETE = ("finished", "target reached", "no progress")  # a run that ended so did all it was asked for

@@ -25,8 +25,8 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, wait
 
 from fedjax_qp.engine.devices import cores
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep.space import Sweep
-from fedjax_qp.sweep.worker import Task, execute, mark_failed, split
+from fedjax_qp.sweeps.space import Sweep
+from fedjax_qp.sweeps.worker import Task, execute, mark_failed, split
 
 _CORES_PER_WORKER = 2
 _GPU_SHARE = 0.75  # of its memory that JAX takes when a process starts, for all workers on a GPU together

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from fedjax_qp.files import read_mark
 from fedjax_qp.runs import records
-from fedjax_qp.sweep.space import EarlyStopping, Rank
-from fedjax_qp.sweep.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
+from fedjax_qp.sweeps.space import EarlyStopping, Rank
+from fedjax_qp.sweeps.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 
 Curve = list[tuple[int, float]]  # (round, value) of each evaluation
 number = records.value

@@ -20,9 +20,9 @@ from fedjax_qp.files import write_whole, writing
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.reports.compare import Spread, markdown_lines, spread
 from fedjax_qp.runs import records
-from fedjax_qp.sweep.space import Rank, Sweep
-from fedjax_qp.sweep.stopping import Curves, goodness, metric_names, value_at
-from fedjax_qp.sweep.trials import Ending, Store, Trial
+from fedjax_qp.sweeps.space import Rank, Sweep
+from fedjax_qp.sweeps.stopping import Curves, goodness, metric_names, value_at
+from fedjax_qp.sweeps.trials import Ending, Store, Trial
 
 _ORDER = ("complete", "stopped", "running", "waiting", "diverged", "failed")
 _MISSING = "–"

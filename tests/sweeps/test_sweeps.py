@@ -18,11 +18,11 @@ from support.sweeps import opened, record_run, sweep_of, write_sweep
 
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import records
-from fedjax_qp.sweep import run as running
-from fedjax_qp.sweep import schedule
-from fedjax_qp.sweep.run import run_sweep
-from fedjax_qp.sweep.trials import read_ending, stop_trial
-from fedjax_qp.sweep.worker import Task, execute
+from fedjax_qp.sweeps import run as running
+from fedjax_qp.sweeps import schedule
+from fedjax_qp.sweeps.run import run_sweep
+from fedjax_qp.sweeps.trials import read_ending, stop_trial
+from fedjax_qp.sweeps.worker import Task, execute
 
 PATIENCE = 500  # seconds: the machine may be slow, a hanging test must still end
 

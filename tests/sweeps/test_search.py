@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support.sweeps import sweep_of
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep.search import Told, check_space, identity, proposals, random
-from fedjax_qp.sweep.space import base_values
+from fedjax_qp.sweeps.search import Told, check_space, identity, proposals, random
+from fedjax_qp.sweeps.space import base_values
 
 MIXED = {
     "local.learning_rate": {"low": 0.001, "high": 1.0, "log": True},

@@ -12,9 +12,9 @@ from rich.console import Console
 from fedjax_qp import config as configuration
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.together import run_together
-from fedjax_qp.sweep.space import EarlyStopping, Rank
-from fedjax_qp.sweep.stopping import Curves, Judge, Peer
-from fedjax_qp.sweep.trials import COMPLETE, Ending, read_attempt, read_ending, read_stopped, run_locks, write_ending
+from fedjax_qp.sweeps.space import EarlyStopping, Rank
+from fedjax_qp.sweeps.stopping import Curves, Judge, Peer
+from fedjax_qp.sweeps.trials import COMPLETE, Ending, read_attempt, read_ending, read_stopped, run_locks, write_ending
 
 _WAIT = 0.5  # seconds between two looks at a lock that another worker holds
 

@@ -24,7 +24,7 @@ from fedjax_qp.config import PARTS, Config
 from fedjax_qp.experiment import check, is_whole_number, resolve
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.values import shown
-from fedjax_qp.sweep.space import MOST_VALUES, Choices, Dimension, Range, Sweep, Variant, at_share, listed, typed
+from fedjax_qp.sweeps.space import MOST_VALUES, Choices, Dimension, Range, Sweep, Variant, at_share, listed, typed
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -4,10 +4,10 @@ import pytest
 from support.sweeps import opened, record_run, sweep_of
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep.run import assignments
-from fedjax_qp.sweep.space import base_values
-from fedjax_qp.sweep.trials import read_attempt, run_locks
-from fedjax_qp.sweep.worker import Assignment, Task, mark_failed, split, unfinished
+from fedjax_qp.sweeps.run import assignments
+from fedjax_qp.sweeps.space import base_values
+from fedjax_qp.sweeps.trials import read_attempt, run_locks
+from fedjax_qp.sweeps.worker import Assignment, Task, mark_failed, split, unfinished
 
 
 def test_trials_keep_their_numbers_when_the_grid_grows(tmp_path):

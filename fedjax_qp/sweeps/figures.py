@@ -14,10 +14,10 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from fedjax_qp.reports.plots import curve_style, finish_axes
-from fedjax_qp.sweep.results import Row, scale_and_unit, short_names, shortened
-from fedjax_qp.sweep.space import Range, Rank, Sweep, Variant
-from fedjax_qp.sweep.stopping import Curve, Curves
-from fedjax_qp.sweep.trials import Store
+from fedjax_qp.sweeps.results import Row, scale_and_unit, short_names, shortened
+from fedjax_qp.sweeps.space import Range, Rank, Sweep, Variant
+from fedjax_qp.sweeps.stopping import Curve, Curves
+from fedjax_qp.sweeps.trials import Store
 
 _BEST = 6  # curves that can still be told apart
 _MOST_CELLS = 12  # values of a field in a heat map

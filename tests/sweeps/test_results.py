@@ -8,11 +8,11 @@ from rich.console import Console
 from support.sweeps import opened, record_run, sweep_of
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweep.figures import plot_curves, plot_space
-from fedjax_qp.sweep.live import LiveTable
-from fedjax_qp.sweep.results import check_metric, summarise, table, write_results
-from fedjax_qp.sweep.stopping import Curves
-from fedjax_qp.sweep.trials import Store
+from fedjax_qp.sweeps.figures import plot_curves, plot_space
+from fedjax_qp.sweeps.live import LiveTable
+from fedjax_qp.sweeps.results import check_metric, summarise, table, write_results
+from fedjax_qp.sweeps.stopping import Curves
+from fedjax_qp.sweeps.trials import Store
 
 VARIANTS = [
     {"name": "plain", "space": {"local.learning_rate": [0.1, 0.2]}},
