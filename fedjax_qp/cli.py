@@ -1,4 +1,4 @@
-"""The command line: `fedjax-qp run | resume | sweep | compare | report | inspect | adapters | answer | memory | list`."""
+"""The command line: `fedjax-qp new | run | resume | sweep | compare | report | inspect | adapters | answer | …`."""
 
 import contextlib
 import os
@@ -66,7 +66,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
     """Runs a configuration file.
 
     Args:
-      config: YAML file; see configs/.
+      config: YAML file, or @NAME for one that comes with the package, such as @mnist5k.
       overrides: settings to change, such as rounds=20 algorithm.alpha=2 algorithm=fedavg.
       seeds: runs once for each of these seeds, in one program where the data allow it; finished ones are kept.
       several: processes of one run.
@@ -140,7 +140,7 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
     """Searches settings: many trials, several seeds each, on all cores or on a Dask cluster. Repeated, it continues.
 
     Args:
-      config: YAML file of the sweep; see fedjax_qp/sweeps/space.py and configs/sweep_mnist_5k.yaml.
+      config: YAML file of the sweep, or @NAME; see fedjax_qp/sweeps/space.py and configs/sweep_mnist_5k.yaml.
       overrides: settings of the sweep (workers=2 trials=40) or of its base configuration (rounds=20) to change.
       check: only checks every trial and counts the runs.
     """
@@ -409,7 +409,21 @@ def list_parts(what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] =
     return 0
 
 
+def new(name: Annotated[str, Positional, tyro.conf.arg(metavar="NAME")]) -> int:
+    """Writes a commented configuration to begin with, NAME.yaml, into the current folder.
+
+    Args:
+      name: of the file and of its run.
+    """
+    from fedjax_qp.settings.presets import write_first
+
+    file = write_first(name)
+    Console().print(f"{file}: start it with fedjax-qp run {file}", markup=False, highlight=False)
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
+    "new": new,
     "run": run,
     "resume": resume,
     "sweep": sweep,

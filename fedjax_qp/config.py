@@ -6,6 +6,7 @@ function they name. `experiment.build` checks those, so that the resolved config
 
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from fedjax_qp.files import write_whole
 from fedjax_qp.registry import MOST_REASONS, ConfigurationError, reason, unknown_name
-from fedjax_qp.settings import strict
+from fedjax_qp.settings import presets, strict
 from fedjax_qp.settings.values import (
     Count,
     Finite,
@@ -173,6 +174,21 @@ class Config:
 PARTS = ("data", "partition", "model", "algorithm")
 
 
+def _checked_by_hand(cls: type, prefix: str) -> None:
+    """Gives a group of settings that is built in Python the errors that it has in YAML."""
+    build = cls.__init__
+
+    @functools.wraps(build)
+    def checked(self: Any, *arguments: Any, **settings: Any) -> None:
+        check_keys(dict.fromkeys(settings), cls, prefix)  # names only
+        try:
+            build(self, *arguments, **settings)
+        except pydantic.ValidationError as error:
+            raise ConfigurationError(readable(error, prefix)) from None
+
+    cls.__init__ = checked
+
+
 def from_dict(values: dict[str, Any]) -> Config:
     """Builds a configuration from nested dicts.
 
@@ -197,7 +213,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file and applies overrides such as `algorithm.alpha=2`, see `change`."""
+    """Reads a YAML file, or a preset (`@mnist5k`), and applies overrides such as `algorithm.alpha=2`, see `change`."""
     values = read_mapping(Path(path))
     if "config" in values and "algorithm" not in values:
         raise ConfigurationError(f"{path} is a sweep: use `fedjax-qp sweep {path}`.")
@@ -206,12 +222,12 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads a YAML file of settings.
+    """Reads a YAML file of settings, or a preset.
 
     Raises:
       ConfigurationError: the file does not exist (the message lists similar ones), or it holds something else.
     """
-    file = Path(os.path.expanduser(path))
+    file = Path(os.path.expanduser(presets.located(path)))
     if not os.path.isfile(file):  # unlike Path.is_file it also takes what can be no path
         folder = next((place for place in (file, file.parent) if os.path.isdir(place)), Path("configs"))
         near = sorted(str(other) for other in folder.glob("[!.]*.yaml"))
@@ -378,11 +394,15 @@ def _group(annotation: Any) -> type | None:
 _MOST_SETTINGS = 3  # in a message
 
 
-def readable(error: pydantic.ValidationError) -> str:
-    """Pydantic's findings in one line: setting, value, reason. A setting of several types has a reason for each."""
+def readable(error: pydantic.ValidationError, prefix: str = "") -> str:
+    """Pydantic's findings in one line: setting, value, reason. A setting of several types has a reason for each.
+
+    Args:
+      prefix: of the settings' names, such as "local.".
+    """
     reasons: dict[str, dict[str, None]] = {}
     for item in error.errors(include_url=False):
-        name = ".".join(str(part) for part in item["loc"] if not _of_a_type(part))
+        name = prefix + ".".join(str(part) for part in item["loc"] if not _of_a_type(part))
         given = "" if item["type"] == "missing" else f" = {shown(item['input'])}"
         reasons.setdefault(name + given, {})[reason(item["type"], item["msg"])] = None
     found = [f"{setting} {', or '.join(list(why)[:MOST_REASONS])}" for setting, why in reasons.items()]
@@ -393,3 +413,7 @@ def readable(error: pydantic.ValidationError) -> str:
 def _of_a_type(part: str | int) -> bool:
     """Whether a piece of a place is the name of one of several types that pydantic has tried, not of a setting."""
     return isinstance(part, str) and (not part.isidentifier() or part in ("int", "float", "str", "bool"))
+
+
+for _group_name, _cls in (groups() | {"tracking.wandb": Wandb, "tracking.mlflow": Mlflow}).items():
+    _checked_by_hand(_cls, f"{_group_name}.")

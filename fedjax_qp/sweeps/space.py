@@ -33,6 +33,7 @@ from pydantic.dataclasses import dataclass
 from fedjax_qp import config as configuration
 from fedjax_qp.config import PARTS, Config
 from fedjax_qp.registry import ConfigurationError, unknown_name
+from fedjax_qp.settings import presets
 from fedjax_qp.settings.values import Count, Finite, Line, Name, PathName, Seed, Truth, Whole, shown
 
 MOST_VALUES = 10_000  # of a field, and trials of a sweep: each is a run at least
@@ -150,7 +151,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     values = configuration.read_mapping(path)
     of_file = _mapping(values.pop("overrides", None))
     if isinstance(values.get("config"), str):
-        values["config"] = str(path.expanduser().parent / Path(values["config"]).expanduser())
+        values["config"] = str(presets.located(path).expanduser().parent / Path(values["config"]).expanduser())
     given = [configuration.parse_override(override) for override in overrides or []]
     configuration.change(values, given, _place)
     of_command = _mapping(values.get("overrides"))
