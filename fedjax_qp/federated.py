@@ -67,6 +67,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
+from fedjax_qp.watch import Watch
+
 
 class Params(NamedTuple):
     """A model's arrays. Algorithms optimise, mutate and mask `trainable` only; `statistics` are averaged."""
@@ -165,6 +167,7 @@ class Algorithm(NamedTuple):
     tunes_adapters: bool = False  # of a language model; nothing else has what it works on
     plain_sgd: bool = False  # its equations take local steps without momentum for granted
     unused: tuple[str, ...] = ()  # its options that have no effect beside the others
+    watch: tuple[Watch, ...] = ()  # its metrics that users should see
 
 
 FIRST_ROUND = 2**32 - 1  # in the place of round 0, see `round_keys`

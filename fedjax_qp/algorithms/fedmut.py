@@ -24,6 +24,9 @@ from pydantic import Field
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, add, local_training, mean_update, report
 from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
+from fedjax_qp.watch import Watch
+
+DRIFT_LIMIT = 0.9
 
 
 class MutationServer(NamedTuple):
@@ -82,6 +85,18 @@ def start_model(shared: Shared, own: Own) -> PyTree:
     return trainable
 
 
+def watched_drift(remedy: str) -> tuple[Watch, Watch]:
+    """The mean mutation is a server momentum: at 1 and beyond it grows from round to round."""
+    advice = (
+        f"the mutations' mean coefficient is {{value}} in round {{round}}; from {DRIFT_LIMIT} on, as in {{rounds}} of the "
+        f"rounds, a run may diverge. {remedy}"
+    )
+    return (
+        Watch("mutation/drift", "drift", DRIFT_LIMIT),
+        Watch("mutation/drift_largest", limit=DRIFT_LIMIT, advice=advice),
+    )
+
+
 def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Callable) -> Algorithm:
     """A method whose clients start at mutants of the global model and whose results are averaged uniformly.
 
@@ -121,6 +136,7 @@ def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Call
         finish=finish,
         combine=combine,
         serve=lambda server, memory: server.params,
+        watch=watched_drift("Lower algorithm.alpha."),
     )
 
 

@@ -27,13 +27,16 @@ from fedjax_qp.algorithms.fedmut import (
     layer_squared_norms,
     mutating,
     mutation_signs,
+    watched_drift,
 )
 from fedjax_qp.algorithms.local import Upload
 from fedjax_qp.federated import Algorithm, Cohort, Model, Params
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.watch import Watch
 
 Form = Literal["nearest", "box", "joint", "references"]
 Use = Literal["corrected", "shifted", "drift"]
+LARGEST_RESIDUAL = 1e-4  # of a quadratic program, relative
 
 
 class Correction(NamedTuple):
@@ -129,8 +132,28 @@ def fedqp(
 
     of_form = {"joint": ("drift",), "references": ("references", "references_kept", "epsilon")}
     unused = [option for other, options in of_form.items() if other != form for option in options]
-    algorithm = mutating(model, optimizer, mutate)._replace(unused=tuple(unused))
+    algorithm = mutating(model, optimizer, mutate)._replace(unused=tuple(unused), watch=_watched(form))
     return _remembering(algorithm, references, references_kept) if form == "references" else algorithm
+
+
+def _watched(form: Form) -> tuple[Watch, ...]:
+    """The drift, and whether the programs were solved."""
+    remedies = {"joint": " or algorithm.drift", "nearest": ", or set algorithm.max_drift"}
+    remedies["box"] = remedies["nearest"]
+    return (
+        *watched_drift(f"Lower algorithm.alpha{remedies.get(form, '')}."),
+        Watch(
+            "qp/failures",
+            limit=1,
+            advice="quadratic programs missed the tolerance in {rounds} rounds, at most {value} of them (round {round}): "
+            "forms nearest and box then took the closed form, joint and references the solver's best.",
+        ),
+        Watch(
+            "qp/residual",
+            limit=LARGEST_RESIDUAL,
+            advice=f"the quadratic programs' largest residual is {{value}} (round {{round}}), above {LARGEST_RESIDUAL:g}.",
+        ),
+    )
 
 
 def _correct_by_update(

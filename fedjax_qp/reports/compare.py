@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +21,11 @@ from fedjax_qp import config as configuration
 from fedjax_qp.console.tables import TextTable, without_empty
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.runs import records as recorded
+from fedjax_qp.runs import watched
 from fedjax_qp.runs.records import ENDED, FAILURE
 from fedjax_qp.settings import strict
 from fedjax_qp.settings.values import shown
+from fedjax_qp.watch import Watch
 
 # Where and how a run was computed, and how long; what it computes in a round does not depend on it. `engine.lanes` is even
 # measured anew in each run.
@@ -37,6 +40,7 @@ class Run(NamedTuple):
     config: dict[str, Any]
     records: list[dict]
     done: int | None = None  # its last round, where its records are not compared up to there
+    watched: tuple[Watch, ...] = ()
 
 
 class Method(NamedTuple):
@@ -81,7 +85,7 @@ class Row(NamedTuple):
     best: Spread | None
     worst_decile: Spread | None  # 10 % quantile over clients, mean of the last `last` evaluations
     reached: Reached | None  # None without a target
-    drift: Spread | None  # mean over rounds of the mutations' mean coefficient
+    watched: dict[str, Spread | None]  # what the method wants shown, by its label: mean over rounds
     difference: Difference | None  # of `accuracy`; None without a baseline and for the baseline itself
     unequal: list[str]  # what besides the algorithm differs from the baseline (or the first method)
     unfinished: list[str]  # runs that diverged or did not come to their end, or whose records have gaps
@@ -97,7 +101,7 @@ def load_runs(folders: Iterable[Path]) -> list[Run]:
     runs = []
     for folder in map(Path, folders):
         records = recorded.read(folder)
-        runs.append(Run(folder, _settings_file(folder), records))
+        runs.append(Run(folder, _settings_file(folder), records, watched=watched.read(folder)))
     if not runs:
         raise ConfigurationError("nothing to compare: give one or more run folders.")
     return runs
@@ -146,7 +150,7 @@ def over_common_rounds(runs: Sequence[Run]) -> list[Run]:
 
 def _cut(run: Run, rounds: int) -> Run:
     records = [record for record in run.records if record["round"] <= rounds]
-    return Run(run.folder, run.config | {"rounds": rounds}, records, done=_finished(run))
+    return run._replace(config=run.config | {"rounds": rounds}, records=records, done=_finished(run))
 
 
 def methods(runs: Iterable[Run]) -> list[Method]:
@@ -237,6 +241,11 @@ def _last_mean(run: Run, name: str, last: int) -> float | None:
     return _mean(series(run, name)[-last:])
 
 
+def shown_watches(runs: Sequence[Run]) -> list[Watch]:
+    """What the methods of some runs want shown, each once."""
+    return list(dict.fromkeys(watch for run in runs for watch in run.watched if watch.label))
+
+
 def _seed(run: Run) -> int:
     return run.config.get("seed", 0)
 
@@ -265,7 +274,7 @@ def _row(method: Method, base: Method | None, reference: Method, last: int, targ
         best=over_seeds(lambda run: max(_evaluations(run), default=None)),
         worst_decile=over_seeds(lambda run: _last_mean(run, "client_accuracy/q10", last)),
         reached=None if target is None else _reached(method, target),
-        drift=over_seeds(lambda run: _mean([drift for drift in series(run, "mutation/drift") if math.isfinite(drift)])),
+        watched=_watched_means(method),
         difference=None if base is None or base is method else _difference(method, base, accuracy),
         unequal=_unequal(method, reference),
         unfinished=[
@@ -273,6 +282,13 @@ def _row(method: Method, base: Method | None, reference: Method, last: int, targ
         ],
         remarks=_remarks(method),
     )
+
+
+def _watched_means(method: Method) -> dict[str, Spread | None]:
+    def over_seeds(metric: str) -> Spread | None:
+        return spread([_mean(list(filter(math.isfinite, series(run, metric)))) for run in method.runs])
+
+    return {watch.label: over_seeds(watch.metric) for watch in shown_watches(method.runs)}
 
 
 def _remarks(method: Method) -> list[str]:
@@ -441,10 +457,14 @@ def grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         "best (%)": lambda row: _shown(row.best, scale=100),
         "worst decile (%)": lambda row: _shown(row.worst_decile, scale=100),
         target: _shown_rounds,
-        "drift": lambda row: _shown(row.drift),
+        **{label: partial(_shown_watched, label) for row in rows for label in row.watched},
         f"minus {(baselines or [''])[0]} (points)": _shown_difference,
     }
     return without_empty(list(columns), [[cell(row) for cell in columns.values()] for row in rows], _MISSING)
+
+
+def _shown_watched(label: str, row: Row) -> str:
+    return _shown(row.watched.get(label))
 
 
 def _shown_rounds(row: Row) -> str:

@@ -29,13 +29,12 @@ from fedjax_qp.reports.compare import Run
 from fedjax_qp.reports.personal import has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.reports.plots import plot_comparison, plot_run
 from fedjax_qp.runs import records as recorded
+from fedjax_qp.runs import watched
 from fedjax_qp.runs.folder import SHARED, TIMES
 from fedjax_qp.runs.records import ENDED, FAILURE
-from fedjax_qp.runs.run import DRIFT_LIMIT
 from fedjax_qp.settings import strict
 
 _FALLEN = 0.05  # of accuracy below the best: worth a warning
-_RESIDUAL = 1e-4  # of a quadratic program, relative
 
 # Matplotlib's fixed colours that must follow the page's: text and lines, paper, grid, band, and greys of minor lines.
 _THEMED = {
@@ -166,7 +165,8 @@ def run_page(run: Run, output: Path, *, figures: bool = True) -> Page:
     times, damaged = _times(run.folder)
     curves = None
     if figures and run.records:
-        curves = _drawn(lambda path: plot_run(run.records, path), "run")  # the page has a title of its own
+        # Without a title: the page has one of its own.
+        curves = _drawn(lambda path: plot_run(run.records, path, watched=run.watched), "run")
     return Page(
         title=f"{run.config['name']}, seed {run.config.get('seed', 0)}",
         folder=str(run.folder),
@@ -198,23 +198,8 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
         found.append(f"Incomplete: the run {lack}.")
     if (broken := recorded.nonfinite_tests(lines)) is not None:
         found.append(f"{broken[0].upper()}{broken[1:]}")
-    drifts = _with_rounds(run, "mutation/drift_largest") or _with_rounds(run, "mutation/drift")
-    large = [drift for drift in drifts if drift[0] >= DRIFT_LIMIT]
-    if large:
-        worst, at = max(large)
-        found.append(
-            f"The mutations' mean coefficient is {DRIFT_LIMIT} or more in {len(large)} rounds, at most {worst:.2f} "
-            f"(round {at}): from there on a run may diverge."
-        )
-    failures = sum(_numbers(run, "qp/failures"))
-    if failures:
-        found.append(
-            f"{failures:g} quadratic programs missed the tolerance: forms nearest and box then took the closed form, joint "
-            "and references the solver's best."
-        )
-    residual = max(_numbers(run, "qp/residual"), default=0)
-    if residual > _RESIDUAL:
-        found.append(f"The quadratic programs' largest residual is {residual:.1e}, above {_RESIDUAL:.0e}.")
+    advice = [said for watch in run.watched if (said := watched.warning(watch, lines)) is not None]
+    found += [f"{said[0].upper()}{said[1:]}" for said in advice]
     missing = [line["round"] for line in lines if line.get("train_loss") is None]
     if missing:
         found.append(
@@ -273,8 +258,9 @@ def _facts(run: Run, times: list[dict]) -> list[Fact]:
             facts.append(
                 Fact(f"Personal accuracy, {label}", f"{100 * values[-1]:.2f} %", "mean over clients, own tests")
             )
-    if drifts := _numbers(run, "mutation/drift"):
-        facts.append(Fact("Drift", f"{statistics.fmean(drifts):.2f}", "mean over rounds"))
+    for watch in compare.shown_watches([run]):
+        if values := _numbers(run, watch.metric):
+            facts.append(Fact(watch.label.capitalize(), f"{statistics.fmean(values):.2f}", "mean over rounds"))
     if times:
         facts.append(Fact("Time", _duration(sum(line["seconds"] for line in times)), "compilation included"))
     return facts

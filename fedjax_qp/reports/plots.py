@@ -3,6 +3,7 @@
 import math
 import textwrap
 import warnings
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from matplotlib.ticker import MaxNLocator
 
 from fedjax_qp.reports.compare import Method, Run, methods
 from fedjax_qp.runs import records as recorded
+from fedjax_qp.watch import Watch
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers; grey replaces its yellow, faint on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#000000", "#CC79A7", "#E69F00", "#56B4E9", "#888888")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1)), (0, (6, 1, 1, 1, 1, 1)))
 _MARKERS = "osD^vPX*p"
 _MARKED = 8  # markers per curve
+_AGREEMENT = Watch("update/cosine_between_clients", "mean cosine between clients")
 _SMOOTHED_TO = 40  # longer curves are averaged down to about so many independent points
-_UNSTABLE_DRIFT = 0.9  # mean coefficients act as a server momentum, and grow geometrically beyond 1
 
 
 def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = None) -> Figure:
@@ -53,17 +55,18 @@ def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = N
     return figure
 
 
-def plot_run(records: list[dict], path: str | Path, *, title: str = "") -> Figure:
-    """Draws one run: accuracy (of language models perplexity), losses, and what is recorded of drift and agreement.
+def plot_run(records: list[dict], path: str | Path, *, title: str = "", watched: Sequence[Watch] = ()) -> Figure:
+    """Draws one run: accuracy (of language models perplexity), losses, and what the method wants seen.
 
     Args:
       records: from `records.read` or `records.chunk_records`.
       path: image file; its ending chooses the format (.png, .pdf, .svg).
       title: above all panels.
+      watched: what its method wants seen, from `watched.read`.
     """
-    directions = {"mutation/drift": "drift", "update/cosine_between_clients": "mean cosine between clients"}
-    directions = {key: label for key, label in directions.items() if len(_series(records, key)[0])}
-    count = 3 if directions else 2
+    seen = [*(watch for watch in watched if watch.label), _AGREEMENT]
+    seen = [watch for watch in seen if len(_series(records, watch.metric)[0])]
+    count = 3 if seen else 2
     figure = Figure(figsize=(4.6 * count, 4.6), layout="constrained")
     if title:
         figure.suptitle(title, fontsize="medium", x=0.01, horizontalalignment="left", parse_math=False)
@@ -75,13 +78,13 @@ def plot_run(records: list[dict], path: str | Path, *, title: str = "") -> Figur
     _draw_line(panels[1], records, "train_loss", 1, "training (mean over examples)")
     _draw_line(panels[1], records, "test_loss", 0, "test (global model)")
     finish_axes(panels[1], "loss (nats)")
-    for index, (key, label) in enumerate(directions.items()):
-        _draw_line(panels[-1], records, key, index, label)
-    if "mutation/drift" in directions:
-        panels[-1].axhline(
-            _UNSTABLE_DRIFT, color="0.4", linewidth=1, linestyle=":", label="drift that risks divergence"
-        )
-    if directions:
+    for index, watch in enumerate(seen):
+        _draw_line(panels[-1], records, watch.metric, index, watch.label)
+    for watch in seen:
+        if watch.limit is not None:
+            label = f"{watch.label} that risks divergence"
+            panels[-1].axhline(watch.limit, color="0.4", linewidth=1, linestyle=":", label=label)
+    if seen:
         finish_axes(panels[-1], "mutations and updates (no unit)")
     for axes in panels:
         if axes.get_legend_handles_labels()[0]:

@@ -18,7 +18,7 @@ from fedjax_qp.experiment import Experiment
 from fedjax_qp.files import lock_folder, read_mark, remove_partial, write_json, writing
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports.plots import plot_run
-from fedjax_qp.runs import processes, records
+from fedjax_qp.runs import processes, records, watched
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.loop import Chunk, NonFiniteLoss
@@ -54,6 +54,7 @@ def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
         plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
     write_json(folder / "environment.json", environment())
     made_of.write(folder)
+    watched.write(folder, experiment.algorithm.watch)
     configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run
 
 
@@ -147,7 +148,7 @@ class OpenRun:
                 for mark in (FAILURE, ENDED):
                     (self.folder / mark).unlink(missing_ok=True)
         self.error: NonFiniteLoss | None = None
-        self.warned = False
+        self.warned: set[str] = set()  # metrics
         self._trackers = Trackers(config, folder, self.history, report) if self._writes else None
         self._since, self._first = time.monotonic(), True
 
@@ -247,7 +248,7 @@ class OpenRun:
         if self._writes and error is None and self.history:
             with writing(self.folder / "run.png"):
                 title = f"{self.config.name}, seed {self.config.seed}, {self.config.algorithm.name}"
-                plot_run(self.history, self.folder / "run.png", title=title)
+                plot_run(self.history, self.folder / "run.png", title=title, watched=watched.read(self.folder))
 
 
 def stop_reason(history: list[dict], settings: Evaluation) -> str | None:

@@ -29,7 +29,7 @@ from fedjax_qp.data import print_table, summary
 from fedjax_qp.experiment import Experiment, advice, build, first_state, resolve, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import processes, records
+from fedjax_qp.runs import processes, records, watched
 from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.folder import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
@@ -37,8 +37,6 @@ from fedjax_qp.runs.loop import NonFiniteLoss, planned_without, simulate_togethe
 from fedjax_qp.runs.provenance import Provenance, provenance
 from fedjax_qp.runs.startup import Startup
 from fedjax_qp.runs.trackers import check_trackers
-
-DRIFT_LIMIT = 0.9
 
 
 class Outcome(NamedTuple):
@@ -284,7 +282,7 @@ def continue_runs(
             for run, chunk in present.items():
                 if opened[run].ends(chunk, partial(stop, run), asked):
                     stopped.add(run)
-            _warn_of_drift(console, list(opened.values()))
+            _warn_of_watched(console, experiments, opened)
             bar.show(list(opened.values()))
             if asked:
                 break
@@ -303,18 +301,13 @@ def _started(startup: Startup, folders: Sequence[Path], console: Console, bar: "
             startup.write(folder)
 
 
-def _warn_of_drift(console: Console, opened: Sequence[OpenRun]) -> None:
-    """The mean mutation is a server momentum: at 1 and beyond it grows from round to round. Said once for each run."""
-    for run in opened:
-        worst = max(run.history, key=lambda line: line.get("mutation/drift_largest") or 0, default={})
-        drift = worst.get("mutation/drift_largest") or 0
-        if drift >= DRIFT_LIMIT and not run.warned:
-            run.warned = True
-            console.print(
-                f"warning: the mutations' mean coefficient is {drift:.2f} in round {worst['round']}; from {DRIFT_LIMIT} on "
-                "the run may diverge. Lower algorithm.alpha; FedQP's forms nearest and box also have algorithm.max_drift, "
-                "form joint has algorithm.drift."
-            )
+def _warn_of_watched(console: Console, experiments: Sequence[Experiment], opened: Mapping[int, OpenRun]) -> None:
+    """Says of each run once what its method advises where a metric has reached its limit."""
+    for run, open_run in opened.items():
+        for watch in experiments[run].algorithm.watch:
+            if watch.metric not in open_run.warned and (said := watched.warning(watch, open_run.history)) is not None:
+                open_run.warned.add(watch.metric)
+                console.print(f"warning: {said}", markup=False)
 
 
 @contextlib.contextmanager

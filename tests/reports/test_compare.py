@@ -14,7 +14,9 @@ from fedjax_qp.reports import compare
 from fedjax_qp.reports import personal as compare_personal
 from fedjax_qp.reports.compare import Spread
 from fedjax_qp.reports.personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
+from fedjax_qp.runs import watched
 from fedjax_qp.runs.records import FILE
+from fedjax_qp.watch import Watch
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_summary_over_seeds(three_seeds_each):
     assert close(average.worst_decile, 0.4, 0.1, 3)
     assert average.reached == (0.6, 4.0, 2)  # rounds 2, 4 and never
     assert qp.reached == (0.6, 3.0, 2)
-    assert average.drift is None
+    assert average.watched == {}
     assert average.difference is None
 
 
@@ -73,15 +75,27 @@ def test_target_that_most_seeds_never_reach_has_no_median(three_seeds_each):
     assert average.reached == (0.75, None, 1)
 
 
-def test_drift_is_the_mean_over_rounds(tmp_path):
-    folder = made_run(tmp_path, "fedqp", 0, [0.5])
+def test_what_a_method_wants_shown_is_a_column_of_means_over_rounds(tmp_path):
+    watches = (Watch("mutation/drift", "drift"), Watch("qp/residual", limit=1e-4))
+    folder, other = made_run(tmp_path, "fedqp", 0, [0.5], watches), made_run(tmp_path, "fedavg", 0, [0.25])
     drifts = [0.25, None, 0.75]
     lines = [{"round": n, "mutation/drift": drift} for n, drift in enumerate(drifts, 1)]
     (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = compare.summary(compare.load_runs([folder]))
-    assert rows[0].drift == Spread(0.5, None, 1)
+    rows = compare.summary(compare.load_runs([folder, other]))
+    assert [row.watched for row in rows] == [{"drift": Spread(0.5, None, 1)}, {}]
     assert rows[0].accuracy is None
-    assert "0.50" in compare.to_markdown(rows)
+    headings, cells = compare.grid(rows)
+    assert [line[headings.index("drift")] for line in cells] == ["0.50", "–"]
+
+
+def test_a_run_whose_folder_says_nothing_of_it_has_no_such_column(tmp_path):
+    folder = made_run(tmp_path, "fedqp", 0, [0.5], (Watch("test_accuracy", "drift"),))
+    assert "drift" in compare.grid(compare.summary(compare.load_runs([folder])))[0]
+    for damaged in ("{", "[]", '{"watched": 3}', '{"watched": [{"metric": 3}]}', '{"watched": [{"label": "drift"}]}'):
+        (folder / watched.FILE).write_text(damaged)
+        assert "drift" not in compare.grid(compare.summary(compare.load_runs([folder])))[0]
+    (folder / watched.FILE).unlink()
+    assert "drift" not in compare.grid(compare.summary(compare.load_runs([folder])))[0]
 
 
 def test_runs_that_differ_in_the_seed_or_in_where_they_ran_are_one_method(tmp_path):

@@ -15,6 +15,7 @@ from fedjax_qp.experiment import defaults
 from fedjax_qp.reports import compare
 from fedjax_qp.reports.html import run_page, run_warnings, write_report
 from fedjax_qp.runs.records import FILE
+from fedjax_qp.watch import Watch
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> --> $\\frac{'
 
@@ -114,9 +115,7 @@ def test_the_comparison_holds_the_table_with_paired_differences(tmp_path):
 
 
 WARNINGS = {
-    "mean coefficient is 0.9 or more in 2 rounds, at most 1.25 .round 3.": [0.2, 0.9, 1.25],
-    "3 quadratic programs missed the tolerance": {"qp/failures": 3},
-    "largest residual is 1.0e-03": {"qp/residual": 1e-3},
+    "^It is 1.25 in round 3, and large in 2 rounds.$": [0.2, 0.9, 1.25],
     "No training loss in 1 rounds .the first is 2.": {"train_loss": None},
     "last accuracy is 20.0 points below the best .round 2.": {"test_accuracy": 0.7},
 }
@@ -126,12 +125,18 @@ WARNINGS = {
 def test_what_a_reader_must_know_is_said(tmp_path, expected):
     import re
 
-    folder, given = made_run(tmp_path, "a", 0, [0.5, 0.5, 0.5], rounds=3), WARNINGS[expected]
+    given, advice = WARNINGS[expected], "it is {value} in round {round}, and large in {rounds} rounds."
+    watches = (
+        Watch("qp/size", limit=0.9, advice=advice),
+        Watch("train_loss", "loss", 0.0),
+        Watch("qp/none", limit=0.0),
+    )
+    folder = made_run(tmp_path, "a", 0, [0.5, 0.5, 0.5], watches, rounds=3)
     lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
     (run,) = compare.load_runs([folder])
     assert run_warnings(run) == []
-    for line, drift in zip(lines, given, strict=False) if isinstance(given, list) else ():
-        line["mutation/drift_largest"] = drift
+    for line, size in zip(lines, given, strict=False) if isinstance(given, list) else ():
+        line["qp/size"] = size
     if isinstance(given, dict):
         lines[1] |= given
     (found,) = run_warnings(run._replace(records=lines))

@@ -9,6 +9,7 @@ from matplotlib.image import imread
 
 from fedjax_qp.reports import plots
 from fedjax_qp.reports.compare import Run
+from fedjax_qp.watch import Watch
 
 
 def made_run(name: str, seed: int, rounds: int) -> Run:
@@ -104,9 +105,17 @@ def test_the_clients_band_breaks_and_views_with_other_gaps_are_both_drawn(tmp_pa
 
 
 def test_run(tmp_path):
-    figure = plots.plot_run(made_run("a", 0, 12).records, tmp_path / "run.png")
+    watches = (
+        Watch("mutation/drift", "drift", 0.9),
+        Watch("train_loss", limit=1.0),
+        Watch("qp/residual", "residual", 1.0),
+    )
+    figure = plots.plot_run(made_run("a", 0, 12).records, tmp_path / "run.png", watched=watches)
     assert drawn(tmp_path / "run.png")
-    assert len(figure.axes) == 3
+    curve, limit = figure.axes[2].lines  # of what is labelled and was recorded
+    assert curve.get_label() == "drift" and set(curve.get_ydata()) == {0.5}
+    assert "drift" in limit.get_label() and set(limit.get_ydata()) == {0.9}
+    assert len(plots.plot_run(made_run("a", 0, 12).records, tmp_path / "run.png").axes) == 2
 
 
 @pytest.mark.parametrize("records", [[], [{"round": 1, "train_loss": None}]])

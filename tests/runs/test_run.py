@@ -17,7 +17,7 @@ from fedjax_qp import cli, config
 from fedjax_qp.experiment import advice, build
 from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
+from fedjax_qp.runs import records, watched
 from fedjax_qp.runs.loop import NonFiniteLoss, chunk_bounds, simulate
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import run_together
@@ -42,6 +42,7 @@ def test_a_run_leaves_everything_behind(finished):
     wanted |= {"qp/residual", "qp/iterations", "qp/failures", "qp/corrected_share", "mutation/cosine_before"}
     wanted |= {"mutation/cosine_after", "update/cosine_between_clients"}
     assert wanted <= lines[-1].keys()
+    assert {watch.metric for watch in watched.read(finished)} <= wanted | {"mutation/drift_largest"} <= lines[-1].keys()
     assert lines[-1]["test_accuracy"] > lines[0]["test_accuracy"]
 
 
@@ -243,7 +244,9 @@ def test_an_early_stopped_run_stays_stopped(tmp_path):
 def test_a_drift_near_one_is_warned_of(tmp_path):
     output = Console(file=io.StringIO(), width=200)
     run(config.load(write(tmp_path), ["algorithm.form=joint", "algorithm.alpha=2", "algorithm.drift=0.95"]), output)
-    assert "mean coefficient is 0.95" in output.file.getvalue()
+    said = output.file.getvalue()
+    assert "mean coefficient is 0.95" in said and said.count("warning") == 1  # not in every chunk
+    assert "algorithm.drift" in said and "max_drift" not in said  # this form has no such option
 
 
 def test_momentum_with_a_method_for_plain_sgd_is_warned_of(tmp_path):

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from fedjax_qp.runs import watched
 from fedjax_qp.runs.records import FILE
+from fedjax_qp.watch import Watch
 
 SETTINGS = {
     "rounds": 4,
@@ -17,7 +19,9 @@ SETTINGS = {
 }
 
 
-def made_run(root: Path, name: str, seed: int, accuracies: list[float], **changes) -> Path:
+def made_run(
+    root: Path, name: str, seed: int, accuracies: list[float], watches: tuple[Watch, ...] = (), **changes
+) -> Path:
     """A run folder with an evaluation in every round; the worst decile lies 0.2 below the accuracy."""
     folder = root / f"{name}-seed{seed}-{len(list(root.iterdir()))}"
     folder.mkdir()
@@ -32,4 +36,5 @@ def made_run(root: Path, name: str, seed: int, accuracies: list[float], **change
         for n, value in enumerate(accuracies, 1)
     ]
     (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    watched.write(folder, watches)
     return folder
