@@ -114,7 +114,7 @@ BOXES = {  # a room or a file, what it does, and its column and row
     "loop": ("runs/loop.py", "chunk after chunk", 3, -1),
     "folder": ("runs/", "records, checkpoints", 2, -1),
     "reports": ("reports/ instruments/", "tables, plots, flatness", 1, -1),
-    "sweep": ("sweep/", "many configurations", 0, -1),
+    "sweep": ("sweeps", "many configurations", 0, -1),
     "cli": ("cli.py", "the command line", 0, 1),
 }
 ARROWS = [

@@ -3,6 +3,8 @@
 MkDocs calls the functions named `on_…`.
 """
 
+import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import jupytext
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
+from fedjax_qp.config import Config, groups
 from fedjax_qp.settings.catalogue import KINDS, Entry, entries
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         **{name: (ROOT / name).read_text(encoding="utf-8") for name in ("CONTRIBUTING.md", "CHANGELOG.md")},
         "benchmarks/README.md": (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8"),
         "parts.md": parts(),
+        "settings.md": settings(),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text.replace("](../docs/", "](../").replace("](docs/", "](")))
@@ -38,6 +42,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for file in linked:
         files.append(File.generated(config, file.relative_to(ROOT).as_posix(), abs_src_path=str(file)))
     return files
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Puts the list of rooms where a page asks for it."""
+    return markdown.replace("<!-- rooms -->", "\n".join(room_lines())) if "<!-- rooms -->" in markdown else markdown
 
 
 def tutorial(file: Path) -> str:
@@ -59,6 +68,32 @@ def rooms() -> dict[str, list[str]]:
             room = names[1] if (PACKAGE / names[1]).is_dir() else "fedjax_qp"
             found.setdefault(room, []).append(".".join(names))
     return found
+
+
+def room_lines() -> Iterator[str]:
+    """A table of the package's folders and of the files beside them, with the first line of their docstrings."""
+    yield from ("| | |", "| :-- | :-- |")
+    for place in sorted(PACKAGE.iterdir(), key=lambda one: (one.is_dir(), one.name)):
+        file = place / "__init__.py" if place.is_dir() else place
+        text = (
+            ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+            if file.suffix == ".py" and file.exists()
+            else None
+        )
+        if text:
+            yield f"| `{place.name}{'/' if place.is_dir() else ''}` | {text.splitlines()[0].replace('|', chr(92) + '|')} |"
+
+
+def settings() -> str:
+    """Every group of settings as its dataclass is written: defaults, ranges and comments."""
+    parts = [
+        "# Settings",
+        "Every setting with its default, as `fedjax_qp/config.py` declares it. In YAML a group is a mapping; on the"
+        " command line a setting is `group.name=value`. `Config` is the configuration itself.",
+    ]
+    for name, group in {"Config": Config, **groups()}.items():
+        parts.append(f"## {name}\n\n```python\n{inspect.getsource(group)}```")
+    return "\n\n".join(parts)
 
 
 def reference(title: str, modules: list[str]) -> str:
