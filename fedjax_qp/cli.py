@@ -398,7 +398,7 @@ def list_parts(what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] =
     """Lists algorithms, data sources, partitions and models with their options and defaults; or explains one of them.
 
     Args:
-      what: algorithms, data, partitions, models, all; a name such as fedqp; or a group of settings that belong to none of
+      what: algorithms, data, partitions, models, all; a name such as fedavg; or a group of settings that belong to none of
         them, such as local, engine or evaluation.
     """
     from fedjax_qp.console.listing import listing

@@ -165,6 +165,7 @@ class Algorithm(NamedTuple):
     tuned: Callable | None = None  # (server, memory) -> Params as the client itself left them, where memory keeps them
     sampling: Sampling | None = None
     tunes_adapters: bool = False  # of a language model; nothing else has what it works on
+    rank_factor: int = 1  # on the rank (and alpha) of a language model's adapters
     plain_sgd: bool = False  # its equations take local steps without momentum for granted
     unused: tuple[str, ...] = ()  # its options that have no effect beside the others
     watch: tuple[Watch, ...] = ()  # its metrics that users should see

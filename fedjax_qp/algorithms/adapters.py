@@ -112,6 +112,7 @@ def adapter_averaging(
     model: Model,
     optimizer: optax.GradientTransformation,
     *,
+    expansion: int,
     trained: Factor = everything,
     averaged: Factor = everything,
     personal_mix: float = 1.0,
@@ -122,6 +123,7 @@ def adapter_averaging(
     """Averages some factors of the adapters; see the module docstring.
 
     Args:
+      expansion: e, factor on the model's rank (and its alpha, so that the scale stays).
       trained: factors that clients train; the others stay at their start.
       averaged: factors that the server averages; the others are the client's own.
       personal_mix: λ.
@@ -200,6 +202,7 @@ def adapter_averaging(
         serve=serve,
         tuned=tuned,
         tunes_adapters=True,
+        rank_factor=expansion,
     )
 
 
@@ -223,14 +226,20 @@ def fedit(
       proximal: μ of FedProx; 0 is FedIT.
     """
     return adapter_averaging(
-        model, optimizer, personal_mix=personal_mix, local_after=local_after, proximal=proximal, weighting=weighting
+        model,
+        optimizer,
+        expansion=expansion,
+        personal_mix=personal_mix,
+        local_after=local_after,
+        proximal=proximal,
+        weighting=weighting,
     )
 
 
 @algorithms.register
 def local_lora(model: Model, optimizer: optax.GradientTransformation, *, expansion: Expansion = 1) -> Algorithm:
     """Every client tunes its own adapters alone; nothing is sent."""
-    return adapter_averaging(model, optimizer, averaged=nothing)
+    return adapter_averaging(model, optimizer, expansion=expansion, averaged=nothing)
 
 
 @algorithms.register
@@ -238,7 +247,8 @@ def ffa_lora(
     model: Model, optimizer: optax.GradientTransformation, *, expansion: Expansion = 2, weighting: Weighting = "size"
 ) -> Algorithm:
     """FFA-LoRA: A stays at its random start, B is trained and averaged. Expansion 2 trains about as much as FedIT."""
-    return adapter_averaging(model, optimizer, trained=only("b"), averaged=only("b"), weighting=weighting)
+    b = only("b")
+    return adapter_averaging(model, optimizer, expansion=expansion, trained=b, averaged=b, weighting=weighting)
 
 
 @algorithms.register
@@ -246,4 +256,4 @@ def fedsa_lora(
     model: Model, optimizer: optax.GradientTransformation, *, expansion: Expansion = 1, weighting: Weighting = "size"
 ) -> Algorithm:
     """FedSA-LoRA: both factors are trained, A is averaged, B is the client's own."""
-    return adapter_averaging(model, optimizer, averaged=only("a"), weighting=weighting)
+    return adapter_averaging(model, optimizer, expansion=expansion, averaged=only("a"), weighting=weighting)

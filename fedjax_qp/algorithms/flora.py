@@ -132,4 +132,5 @@ def flora(
         serve=lambda server, memory: Params((), server.deltas),
         tuned=tuned,
         tunes_adapters=True,
+        rank_factor=expansion,
     )

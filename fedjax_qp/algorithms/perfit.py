@@ -263,6 +263,7 @@ def perfit(
         preparation=Preparation(warm_up + prunings * score_batches, search_every, warm_up),
         tuned=tuned,
         tunes_adapters=True,
+        rank_factor=expansion,
         unused=() if search in _TAYLOR else ("prunings", "score_batches"),
     )
 

@@ -155,4 +155,5 @@ def ranked(
         serve=serve,
         tuned=lambda server, memory: view(server, memory, own=True),
         tunes_adapters=True,
+        rank_factor=expansion,
     )

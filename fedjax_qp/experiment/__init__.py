@@ -2,7 +2,7 @@
 
 from fedjax_qp.experiment.advice import advice
 from fedjax_qp.experiment.assembly import Experiment, build, check
-from fedjax_qp.experiment.methods import differing_settings, local_optimizer, method, traced_settings
+from fedjax_qp.experiment.methods import declared, differing_settings, local_optimizer, method, traced_settings
 from fedjax_qp.experiment.parts import defaults, is_whole_number, of_language_model, registries, resolve
 from fedjax_qp.experiment.start import (
     first_state,
@@ -18,6 +18,7 @@ __all__ = [
     "advice",
     "build",
     "check",
+    "declared",
     "defaults",
     "differing_settings",
     "first_state",

@@ -15,7 +15,7 @@ from fedjax_qp.experiment.checks import (
     check_sampling,
     check_state,
 )
-from fedjax_qp.experiment.methods import method
+from fedjax_qp.experiment.methods import declared, method
 from fedjax_qp.experiment.parts import FITTING, registry_of, resolve
 from fedjax_qp.federated import Algorithm, Model
 from fedjax_qp.models import language_models
@@ -49,8 +49,7 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     share_out_cores()
     config = settle(resolve(config))
     check_devices(config)
-    check(config)
-    task = _build_task(config, like)
+    task = _build_task(config, check(config), like)
     check_cohort(config, len(task.parts))
     algorithm = method(config, task.model)({})
     check_dispatch(task.model, algorithm, len(task.parts), config.participation.cohort)
@@ -76,9 +75,9 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     return Experiment(config, task, work, algorithm)
 
 
-def _build_task(config: Config, like: Experiment | None) -> Task:
+def _build_task(config: Config, algorithm: Algorithm, like: Experiment | None) -> Task:
     """Reads the data, deals it to the clients, and makes what the engine takes."""
-    if like is not None and _task_settings(config) == _task_settings(like.config):
+    if like is not None and _task_settings(config, algorithm) == _task_settings(like.config, like.algorithm):
         return like.task
     kind = registry_of("data", config.data.name)
     fitting = FITTING[kind]
@@ -92,7 +91,7 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
     parts = partitions[config.partition.name](dataset, numbers, **partitions.own(config.partition.options))
     check_partition(parts, dataset)
     if fitting is language_models:
-        task = instruction_task(config, dataset, parts, expansion=config.algorithm.options.get("expansion", 1))
+        task = instruction_task(config, dataset, parts, rank_factor=algorithm.rank_factor)
         return task._replace(dataset=dataset)
     task = classification_task(config, dataset, parts, fitting)
     evaluated = ("model", "evaluation", "precision")
@@ -101,11 +100,10 @@ def _build_task(config: Config, like: Experiment | None) -> Task:
     return task
 
 
-def _task_settings(config: Config) -> tuple:
+def _task_settings(config: Config, algorithm: Algorithm) -> tuple:
     """Everything that a task is made from."""
-    expansion = config.algorithm.options.get("expansion", 1)
     parts = (config.data, config.partition, config.model, config.text, config.seed, config.precision)
-    return *parts, config.evaluation.batch_size, config.engine.model_devices, expansion
+    return *parts, config.evaluation.batch_size, config.engine.model_devices, algorithm.rank_factor
 
 
 def check(config: Config) -> Algorithm:
@@ -118,7 +116,7 @@ def check(config: Config) -> Algorithm:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
     check_lanes(config)
-    algorithm = method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
+    algorithm = declared(config)
     fitting = FITTING[registry_of("data", config.data.name)]
     if registry_of("model", config.model.name) is not fitting:
         raise ConfigurationError(
@@ -144,7 +142,3 @@ def check(config: Config) -> Algorithm:
             "each cohort by what the clients of the round before sent: choose 1."
         )
     return algorithm
-
-
-def _no_model(*arguments: object) -> None:
-    raise AssertionError("a model's functions are not called when an algorithm is built")

@@ -37,6 +37,15 @@ def method(config: Config, model: Model) -> Callable[[Mapping[str, Any]], Algori
     return of_settings
 
 
+def declared(config: Config) -> Algorithm:
+    """The algorithm of a resolved configuration on a model whose functions cannot be called: for what it declares."""
+    return method(config, Model(init=_no_model, loss=_no_model, evaluate=_no_model))({})
+
+
+def _no_model(*arguments: object) -> None:
+    raise AssertionError("a model's functions are not called when an algorithm is built")
+
+
 def local_optimizer(local: Local | SimpleNamespace) -> optax.GradientTransformation:
     """The clients' optimizer.
 

@@ -24,7 +24,7 @@ from fedjax_qp.data.text.sequences import Sequences
 from fedjax_qp.engine import Devices, PersonalTests, Program, TestSet, make_program
 from fedjax_qp.engine.devices import check_devices, settle
 from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
-from fedjax_qp.experiment import method, resolve
+from fedjax_qp.experiment import declared, method, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 from fedjax_qp.models import language_models
 from fedjax_qp.models.language import gguf, lora
@@ -173,11 +173,11 @@ def _folder(config: Config) -> Path:
 
 
 def _model(config: Config, base: LlamaConfig) -> Model:
-    options, expansion = config.model.options, config.algorithm.options.get("expansion", 1)
+    options, factor = config.model.options, declared(config).rank_factor
     return language_model(
         base,
-        rank=expansion * options["rank"],
-        alpha=expansion * options["alpha"],
+        rank=factor * options["rank"],
+        alpha=factor * options["alpha"],
         dropout=options["dropout"],
         targets=options["targets"],
         rematerialise=options["rematerialise"],

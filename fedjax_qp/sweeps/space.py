@@ -8,11 +8,11 @@ A sweep varies fields of one base configuration, each by its dotted name (`algor
     seeds: [0, 1, 2]                      # every trial runs once with each
     search: grid                          # or random, optuna
     space:
-      local.learning_rate: [0.01, 0.03]
-      algorithm.alpha: {low: 0.5, high: 4, log: true, points: 4}
+      local.epochs: [1, 5]
+      local.learning_rate: {low: 0.01, high: 0.1, log: true, points: 4}
     variants:                             # coupled settings, each with a space of its own besides the common one
       - {name: fedavg, settings: {algorithm: fedavg}}
-      - {name: fedmut, settings: {algorithm: fedmut}, space: {algorithm.beta0: [0, 0.3]}}
+      - {name: fedprox, settings: {algorithm: fedprox}, space: {algorithm.proximal: [0.001, 0.01]}}
 
 A trial is one point of a variant's space; a run is a trial with one seed. On the command line, `key=value` changes the
 sweep where the key is one of `Sweep`'s, and the base configuration otherwise: `workers=4 rounds=50 space.rounds=[5,10]`.

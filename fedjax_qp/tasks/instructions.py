@@ -23,19 +23,19 @@ from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks.task import Task
 
 
-def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray], *, expansion: int = 1) -> Task:
+def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray], *, rank_factor: int = 1) -> Task:
     """The task of answering instructions.
 
     Args:
       parts: per client, indices of its records. Those that the cut-off leaves nothing to predict of are left out first, so
         that `text.test_records` and `text.train_records` count records that are really used.
-      expansion: factor on the adapters' rank and alpha that the algorithm asks for.
+      rank_factor: factor on the adapters' rank and alpha that the algorithm asks for.
 
     Raises:
       ConfigurationError: a client has too few records, or nothing of them fits the cut-off.
     """
     text = config.text
-    language = language_models[config.model.name](expansion, **config.model.options)
+    language = language_models[config.model.name](rank_factor, **config.model.options)
     records = data.train.records
 
     def encoded(owner: str, some: Iterable[Record]) -> Encoded:

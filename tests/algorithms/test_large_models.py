@@ -140,7 +140,7 @@ def test_the_schedule_of_many_entries_ends_at_the_budget():
 @pytest.mark.parametrize(
     ("rank", "targets", "message"),
     [
-        (0, "q_proj", r"LoRA rank = 0 \(model.rank · algorithm.expansion\) must be 1 to 4096"),
+        (0, "q_proj", r"LoRA rank = 0 \(model.rank · the algorithm's factor on it\) must be 1 to 4096"),
         (4097, ["q_proj", "down_proj"], "rank = 4097 .* must be 1 to 4096, the smaller side of the largest matrix"),
         (10**30, "q_proj", "must be 1 to 4096"),
         (4096, "*_proj", r"10,234,101,760 entries for a client; at most 2,147,483,647"),

@@ -242,6 +242,7 @@ def test_what_an_algorithm_is_for_is_what_it_says_of_itself():
                 )
             )
             assert built.tunes_adapters == (entry.suits == "language"), entry.name
+            assert built.rank_factor == int(entry.options.get("expansion") or 1), entry.name
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

