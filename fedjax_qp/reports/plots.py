@@ -1,5 +1,6 @@
 """The figures of a run and of a comparison. Matplotlib's objects only, no pyplot: no global state, no display."""
 
+import io
 import math
 import textwrap
 import warnings
@@ -52,6 +53,27 @@ def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = N
     handles, labels = headline.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
     save(figure, path)
+    return figure
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows where it stands, whatever its back end."""
+
+    def _repr_png_(self) -> bytes:
+        image = io.BytesIO()
+        save(self, image)
+        return image.getvalue()
+
+
+def plot_metric(runs: list[Run], metric: str) -> Figure:
+    """Draws one number of the records as `plot_comparison` draws the accuracy; accuracies in per cent."""
+    found = methods(runs)
+    figure = ShownFigure(figsize=(6.4, 4.4 + 0.22 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    accuracy = "accuracy" in metric
+    _draw_methods(axes, found, metric, 100 if accuracy else 1, None)
+    finish_axes(axes, metric.replace("_", " ") + (" (%)" if accuracy else ""))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", frameon=False, handlelength=4)
     return figure
 
 
@@ -217,7 +239,7 @@ def whole_ticks() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
-def save(figure: Figure, path: str | Path) -> None:
+def save(figure: Figure, path: str | Path | io.BytesIO) -> None:
     """Writes a figure; a letter of a name that the font lacks is drawn as a box, without a warning for each."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")
