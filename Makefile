@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 SEED ?= 0
 
-.PHONY: run run-perfit test test-slow test-oracles lint bench-peers clean
+.PHONY: run run-perfit test test-slow test-oracles lint docs wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 # One stamp per set of extras; pip runs again only when the requirements change.
@@ -46,6 +46,21 @@ lint: $(VENV)/with-test $(VENV)/with-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, into site/; nothing is fetched, and warnings are errors.
+docs: $(VENV)/with-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The wheel, and what a user can do with it alone, in an empty folder.
+wheel: $(VENV)/made
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) dist/*.whl
+	mkdir build/wheel/empty
+	cd build/wheel/empty && ../venv/bin/fedjax-qp --version && ../venv/bin/fedjax-qp list fedqp
+	cd build/wheel/empty && echo '{name: wheel, rounds: 2, data: digits, partition: {name: iid, clients: 20}, model: mlp, algorithm: fedqp}' > wheel.yaml
+	cd build/wheel/empty && ../venv/bin/fedjax-qp run wheel.yaml engine.lanes=2
+
 # The same workloads in other simulators; each has an environment of its own, and its pins are complete. PEERS="w1 w4" or
 # other arguments of the script choose.
 PEERS ?=
@@ -58,4 +73,4 @@ bench-peers: $(VENV)/plain $(patsubst benchmarks/peers/requirements/%.txt,.venv-
 	$(BIN)/python benchmarks/peers/compare.py $(PEERS)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site dist build

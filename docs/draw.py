@@ -58,8 +58,8 @@ def curves(theme: Theme) -> Figure:
         rows[["method", "seed"]] = rows["run"].str.extract(r"-main-(.*)-seed(\d)$")
         smooth = 5 if len(rows["round"].unique()) > 20 else 1
         for method, (label, style) in styles.items():
-            mean = rows[rows["method"] == method].groupby("round")["test_accuracy"].mean()
-            mean = 100 * mean.rolling(smooth, min_periods=1).mean()
+            mean = pd.Series(rows[rows["method"] == method].groupby("round")["test_accuracy"].mean())
+            mean = pd.Series(100 * mean.rolling(smooth, min_periods=1).mean())
             axes.plot(mean.index, mean, label=label, **{"linewidth": 1.6, **style})
         axes.set_title(title, fontsize=10, color=theme.text)
         axes.set_xlabel("round")
@@ -171,7 +171,7 @@ def paint(axes: Axes, theme: Theme) -> None:
 def main() -> None:
     """Writes every picture in both themes."""
     PICTURES.mkdir(exist_ok=True)
-    reproducible = {"svg.hashsalt": "fedjax_qp", "svg.fonttype": "none", "font.family": "sans-serif"}
+    reproducible: Any = {"svg.hashsalt": "fedjax_qp", "svg.fonttype": "none", "font.family": "sans-serif"}
     with mpl.rc_context(reproducible):
         for draw in (curves, geometry, architecture):
             for name, theme in THEMES.items():

@@ -25,7 +25,7 @@ loaded before its first use, JAX neither.
 from collections.abc import Callable as _Callable
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from fedjax_qp.config import (

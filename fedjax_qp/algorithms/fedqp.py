@@ -85,15 +85,18 @@ def fedqp(
       form: the program (names as in `quadratic`): "nearest" (QP-1) moves each mutant to the fan around g; "box" (QP-2)
         does so within FedMut's box |c| ≤ α; "joint" (QP-4) also fixes the cohort's mean at `drift`; "references" (QP-3)
         asks for acute angles with further directions.
-      alpha, beta0, mutation_rounds: as in FedMut.
+      alpha: length of a mutation, as in FedMut.
+      beta0: shortens backward mutations in early rounds, as in FedMut.
+      mutation_rounds: rounds over which that fades, as in FedMut.
       margin: τ in [0, 1); 0 is "acute". The smallest cosine for "nearest"; for "box" and "joint" the smallest inner product
         with g in units of α‖g‖²; for "references" that with each direction of norm 1 in units of α‖g‖.
       drift: μ, the cohort's mean coefficient; "joint" only.
       max_drift: upper limit of a layer's mean coefficient; "nearest" and "box" only. It shifts all mutants back alike,
         and so may take some of them out of the fan, and of the box.
-      references, references_kept: QP-3's directions besides g: the last round's client updates (at most so many), or
-        so many of the last global updates.
-      epsilon: regularisation of QP-3's dual; "references" only, like these two.
+      references: QP-3's directions besides g: "clients" takes the last round's client updates, "history" the last global
+        updates; "references" only.
+      references_kept: the largest number of these directions; "references" only.
+      epsilon: regularisation of QP-3's dual; "references" only.
       use: "corrected" is the method. Ablations: "shifted" gives FedMut's mutants the same mean as the corrected ones,
         x_i' = r_i + mean_j(x_j − r_j); "drift" starts every client at w + mean_j x_j.
 

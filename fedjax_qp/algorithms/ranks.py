@@ -93,7 +93,8 @@ def ranked(
       expansion: e, factor on the model's rank.
       levels: client k's rank is level_k times the rank before expansion, with level k modulo their number.
       upload: `(adapters, rank, Client) -> upload`.
-      combine, combine_each: `(RankServer, total or uploads, ...) -> adapters`, the new ones of the server.
+      combine: `(RankServer, total, ...) -> adapters`, the new ones of the server.
+      combine_each: likewise from all uploads, in its place.
 
     Raises:
       ConfigurationError: a level above the expansion.

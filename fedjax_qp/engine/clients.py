@@ -75,7 +75,9 @@ def run_clients(
       lanes: this round's work of this device's lanes: arrays [L, S], examples [L, S, B], steps [L].
       cohort: arrays [X·M].
       axis: name of the device axis, or None on one device.
-      shared, own, memories: from `dispatch` and the client store: [X, ...], [X, M, ...] and [X, M, ...].
+      shared: from `dispatch`, [X, ...].
+      own: from `dispatch`, [X, M, ...].
+      memories: from the client store, [X, M, ...].
 
     Returns:
       The sums of the uploads [X, ...] (or all of them, [X, M, ...], for `combine_each`), the new memories [X, M, ...],

@@ -52,8 +52,9 @@ def measure(subject: Subject, settings: Settings) -> dict[str, Any]:
 
     Returns:
       "centre", the loss at the checkpoint; "lines", of each kind ("random", "update", "drawn", "corrected") its "steps" and
-      "losses" (a list a line); "planes" ("random", "update") with "first" and "second" coordinates and "losses"
-      [second][first]. Steps are in units of the direction; the coordinates of the plane of updates in units of ‖g‖.
+      "losses" (one list per line); "planes" ("random", "update") with "first" and "second" coordinates and "losses", a
+      list over the second coordinate of lists over the first. Steps are in units of the direction; the coordinates of the
+      plane of updates in units of ‖g‖.
     """
     model, trainable = subject.run.experiment.model, subject.params.trainable
     update = global_update(subject)

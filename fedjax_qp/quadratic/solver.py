@@ -100,7 +100,8 @@ def minimise(
     Args:
       structure: the operators; the data, and therefore x and Ax, should be of unit size.
       parameters: what the operators are applied with.
-      lower, upper: bounds like Ax; infinite where there is none.
+      lower: bounds like Ax; -infinity where there is none.
+      upper: likewise; infinity where there is none.
       start: where x begins; the multipliers begin at zero.
       penalty: the first ρ, tuned like the next two for each form over random problems.
       penalty_range: what ρ may become.

@@ -71,7 +71,10 @@ def pretrained(
     Args:
       rank_factor: factor on rank and alpha that the algorithm asks for, so that the scale alpha/rank stays.
       path: the folder.
-      rank, alpha, dropout, targets: of the adapters, see `language_model`.
+      rank: of the adapters, before the expansion.
+      alpha: the adapters' scale is alpha / rank.
+      dropout: of the adapters' inputs.
+      targets: projections that get an adapter.
       dtype: of the frozen weights; adapters are float32.
       rematerialise: less memory for more time.
     """

@@ -245,7 +245,9 @@ def forward(
       frozen: base weights, see the module docstring.
       adapters: see `fedjax_qp.models.language.lora`; () for none.
       masks: which entries of the adapters exist; () for all.
-      tokens, positions, segments: as in `fedjax_qp.data.text.sequences.Sequences`.
+      tokens: as in `fedjax_qp.data.text.sequences.Sequences`.
+      positions: likewise.
+      segments: likewise.
       scale: of the adapters, alpha / rank.
       dropout: of the adapters' inputs, when there is a key.
       key: for dropout, or None.

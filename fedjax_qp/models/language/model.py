@@ -91,7 +91,10 @@ def next_token_losses(
 
     Args:
       batch: examples are `Sequences`; token t is predicted from t − 1 and counts if it is a target of the same segment.
-      scale, dropout, key, rematerialise: see `forward`.
+      scale: of the adapters, alpha / rank.
+      dropout: of the adapters' inputs, when there is a key.
+      key: for dropout, or None.
+      rematerialise: less memory for more time, see `forward`.
     """
     examples = batch.examples
     hidden = forward(
