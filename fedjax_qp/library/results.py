@@ -169,7 +169,7 @@ class Runs:
         return len(self.runs)
 
     def __repr__(self) -> str:
-        return f"{len(self)} runs\n{self.compare()!r}"
+        return f"{len(self)} run{'s' if len(self) > 1 else ''}\n{self.compare()!r}"
 
     def _repr_html_(self) -> str:
         return self.compare()._repr_html_()
