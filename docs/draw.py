@@ -59,8 +59,8 @@ def curves(theme: Theme) -> Figure:
         smooth = 5 if len(rows["round"].unique()) > 20 else 1
         for method, (label, style) in styles.items():
             mean = pd.Series(rows[rows["method"] == method].groupby("round")["test_accuracy"].mean())
-            mean = pd.Series(100 * mean.rolling(smooth, min_periods=1).mean())
-            axes.plot(mean.index, mean, label=label, **{"linewidth": 1.6, **style})
+            mean = pd.Series(mean.rolling(smooth, min_periods=1).mean())
+            axes.plot(mean.index, 100 * mean.to_numpy(), label=label, **{"linewidth": 1.6, **style})
         axes.set_title(title, fontsize=10, color=theme.text)
         axes.set_xlabel("round")
         paint(axes, theme)
