@@ -72,7 +72,7 @@ def rooms() -> dict[str, list[str]]:
 
 def room_lines() -> Iterator[str]:
     """A table of the package's folders and of the files beside them, with the first line of their docstrings."""
-    yield from ("| | |", "| :-- | :-- |")
+    yield from ("| room | holds |", "| :-- | :-- |")
     for place in sorted(PACKAGE.iterdir(), key=lambda one: (one.is_dir(), one.name)):
         file = place / "__init__.py" if place.is_dir() else place
         text = (
@@ -81,7 +81,7 @@ def room_lines() -> Iterator[str]:
             else None
         )
         if text:
-            yield f"| `{place.name}{'/' if place.is_dir() else ''}` | {text.splitlines()[0].replace('|', chr(92) + '|')} |"
+            yield f"| `{place.name}{'/' if place.is_dir() else ''}` | {text.splitlines()[0]} |"
 
 
 def settings() -> str:
