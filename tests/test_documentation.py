@@ -28,8 +28,7 @@ from fedjax_qp.settings.catalogue import KINDS, entries
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^(?P<face><!-- face -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-FACE = callable(getattr(fedjax_qp, "run", None))  # blocks marked as the face's are for the library's front
+BLOCK = re.compile(r"^```(?P<language>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 FEWER = {"rounds=20": "rounds=2", "seeds=[0, 1, 2]": "seeds=[0, 1]"}
 
 
@@ -38,13 +37,12 @@ class Block(NamedTuple):
 
     language: str
     text: str
-    for_face: bool
 
 
 def blocks(page: Path, *languages: str) -> Iterator[Block]:
     for found in BLOCK.finditer(page.read_text(encoding="utf-8")):
         if found["language"] in languages:
-            yield Block(found["language"], found["text"], found["face"] is not None)
+            yield Block(found["language"], found["text"])
 
 
 def pages_with(*languages: str) -> pytest.MarkDecorator:
@@ -68,7 +66,7 @@ def test_python_runs(page, own_registries, tmp_path, monkeypatch, capsys):
         for long, short in FEWER.items():
             text = text.replace(long, short)
         code = compile(text, str(page), "exec")
-        if (FACE or not block.for_face) and "runs/mine" not in text:
+        if "runs/mine" not in text:
             exec(code, names)
 
 
@@ -85,8 +83,7 @@ def test_readmes_method_with_whole_steps_is_fedavg(own_registries):
 
 def command_lines(page: Path) -> Iterator[str]:
     for block in blocks(page, "bash"):
-        if FACE or not block.for_face:
-            yield from (line for line in block.text.splitlines() if line.startswith("fedjax-qp "))
+        yield from (line for line in block.text.splitlines() if line.startswith("fedjax-qp "))
 
 
 @pages_with("bash")
