@@ -10,8 +10,10 @@ import pytest
 
 import fedjax_qp as fq
 from fedjax_qp import config
+from fedjax_qp.data import partitions
 from fedjax_qp.data.images.sources import arrays, digits
 from fedjax_qp.experiment import registries, resolve
+from fedjax_qp.models import models
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.catalogue import KINDS, entries
 
@@ -102,3 +104,15 @@ def test_arrays_are_the_data_of_their_file(tmp_path):
     np.testing.assert_array_equal(read.train.inputs, train[0])
     np.testing.assert_array_equal(read.test.labels, test[1])
     resolve(config.from_dict({"name": "any", **OTHERS, "data": {"name": part.name, **part.options}}))
+
+
+def test_a_part_of_ones_own_is_there_once_it_is_registered(monkeypatch):
+    def halves(dataset, generator, *, share: float = 0.5):
+        """Two clients."""
+
+    monkeypatch.setitem(partitions._functions, "halves", halves)
+    assert fq.halves(share=0.3) == fq.Part("halves", {"share": 0.3})
+    assert "halves" in dir(fq)
+    monkeypatch.setitem(models._functions, "halves", halves)
+    with pytest.raises(AttributeError, match=r"several parts \(partition and model\): write fq.Part\('halves', {…}\)"):
+        _ = fq.halves
