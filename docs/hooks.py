@@ -54,8 +54,9 @@ def tutorial(file: Path) -> str:
     notebook = jupytext.read(file)
     notebook.metadata = {}
     note = f"This page is `notebooks/{file.name}`: open it with jupytext to run it. The tests do."
-    title, _, text = jupytext.writes(notebook, "md").partition("\n\n")
-    return f"{title}\n\n!!! note\n\n    {note}\n\n{text}"
+    _, _, text = jupytext.writes(notebook, "md").partition("\n# ")
+    title, _, text = text.replace("%matplotlib inline\n", "").partition("\n\n")
+    return f"# {title}\n\n!!! note\n\n    {note}\n\n{text}"
 
 
 def rooms() -> dict[str, list[str]]:
