@@ -4,12 +4,15 @@ MkDocs calls the functions named `on_…`.
 """
 
 import ast
+import importlib
 import inspect
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import jupytext
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 from fedjax_qp.config import Config, groups
@@ -47,6 +50,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Puts the list of rooms where a page asks for it."""
     return markdown.replace("<!-- rooms -->", "\n".join(room_lines())) if "<!-- rooms -->" in markdown else markdown
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Stops if the reference lacks a name that a room exports."""
+    inventory = (Path(config.site_dir) / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    documented = {line.split(" ")[0] for line in zlib.decompress(inventory).decode().splitlines()}
+    missing = sorted(public_names() - documented)
+    if missing:
+        raise PluginError(f"the API reference lacks {', '.join(missing)}: give each a docstring")
+
+
+def public_names() -> set[str]:
+    """Full names of all that the package and its rooms export."""
+    found = set()
+    for file in [PACKAGE / "__init__.py", *sorted(PACKAGE.glob("*/__init__.py"))]:
+        room = importlib.import_module(".".join(file.parent.relative_to(ROOT).parts))
+        found |= {f"{room.__name__}.{name}" for name in getattr(room, "__all__", ())}
+    return found
 
 
 def tutorial(file: Path) -> str:

@@ -20,6 +20,7 @@ from fedjax_qp.settings.strict import load_json, read_text
 from fedjax_qp.settings.values import shown
 
 partitions = Registry("partition", common=client_tests)
+"""Partitions, by name."""
 
 # When to give up drawing: after so many seconds, or where the first draws all leave so many clients with too little that
 # none with enough for all is to be expected (were the clients independent, one draw in e^30 at most).

@@ -16,6 +16,7 @@ from fedjax_qp.engine.plan import Lanes, Plan, Preparations
 from fedjax_qp.federated import Algorithm, FederatedState, Model, federated_round
 
 Method = Callable[[Mapping[str, Any]], Algorithm]
+"""Makes a method from the settings of one run."""
 
 
 class Runs(NamedTuple):

@@ -21,7 +21,10 @@ from fedjax_qp.engine.host_data import HostExamples
 from fedjax_qp.engine.plan import Plan
 from fedjax_qp.federated import Algorithm, FederatedState, Model
 
-AXIS, MODEL_AXIS = "clients", "model"
+AXIS = "clients"
+"""Name of the mesh axis whose devices share the lanes."""
+MODEL_AXIS = "model"
+"""Name of the mesh axis whose devices share the frozen weights."""
 
 
 class Engine(NamedTuple):

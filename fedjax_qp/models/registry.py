@@ -2,9 +2,12 @@
 
 from fedjax_qp.registry import ConfigurationError, Registry
 
-models = Registry("model")  # networks that classify images
-character_models = Registry("text model")  # networks that classify windows of characters
+models = Registry("model")
+"""Networks that classify images, by name."""
+character_models = Registry("text model")
+"""Networks that classify windows of characters, by name."""
 language_models = Registry("language model")
+"""Language models with adapters, by name."""
 
 
 def require_size(model: str, input_shape: tuple[int, ...], smallest: int, remedy: str) -> None:

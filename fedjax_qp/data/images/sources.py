@@ -25,6 +25,7 @@ from fedjax_qp.registry import ConfigurationError, Registry, require
 from fedjax_qp.settings.values import shown
 
 sources = Registry("data source")
+"""Data sources of images, by name."""
 
 # Where Debian and Ubuntu install the package dataset-fashion-mnist.
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -8,6 +8,7 @@ from fedjax_qp.data.examples import Examples
 from fedjax_qp.registry import Registry
 
 character_sources = Registry("text source")
+"""Data sources of windows of characters, by name."""
 
 # LEAF's order of characters (Caldas et al., "LEAF: a benchmark for federated settings", arXiv 1812.01097, 2018).
 CHARACTERS = "\n !\"&'(),-.0123456789:;>?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "[]" + "abcdefghijklmnopqrstuvwxyz" + "}"

@@ -25,6 +25,7 @@ from fedjax_qp.settings.strict import json_decoder, read_text
 from fedjax_qp.settings.values import shown
 
 instruction_sources = Registry("instruction source")
+"""Data sources of instruction records, by name."""
 
 # A first word stands for a category of its own where at least this share of the records without one begin with it.
 FREQUENT_WORD = 0.01
