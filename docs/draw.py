@@ -60,10 +60,10 @@ def curves(theme: Theme) -> Figure:
         rows = pd.read_csv(ROOT / "benchmarks" / "results" / f"{file}.csv")
         rows["method"] = rows["run"].str.extract(r"-main-(.*)-seed\d$")
         failed = rows.groupby("run")["test_accuracy"].transform("last") < FAILED
-        rows = rows[~failed]
+        rows = pd.DataFrame(rows[~failed])
         smooth = 5 if len(rows["round"].unique()) > 20 else 1
         for method, (label, style) in styles.items():
-            mean = pd.Series(rows[rows["method"] == method].groupby("round")["test_accuracy"].mean())
+            mean = pd.Series(pd.DataFrame(rows[rows["method"] == method]).groupby("round")["test_accuracy"].mean())
             mean = pd.Series(mean.rolling(smooth, min_periods=1).mean())
             axes.plot(mean.index, 100 * mean.to_numpy(), label=label, **{"linewidth": 1.6, **style})
         axes.set_title(title, fontsize=10, color=theme.text)
