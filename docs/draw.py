@@ -59,7 +59,7 @@ def curves(theme: Theme) -> Figure:
     for axes, (file, title) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
         rows = pd.read_csv(ROOT / "benchmarks" / "results" / f"{file}.csv")
         rows["method"] = rows["run"].str.extract(r"-main-(.*)-seed\d$")
-        failed = rows.groupby("run")["test_accuracy"].transform("last") < FAILED
+        failed = pd.Series(rows.groupby("run")["test_accuracy"].transform("last")) < FAILED
         rows = pd.DataFrame(rows[~failed])
         smooth = 5 if len(rows["round"].unique()) > 20 else 1
         for method, (label, style) in styles.items():
