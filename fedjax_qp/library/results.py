@@ -324,9 +324,8 @@ def _is(wanted: Any, found: Any) -> bool:
 def _flat(row: comparing.Row) -> dict[str, Any]:
     """A row's numbers under plain names."""
     found: dict[str, Any] = {"method": row.method, "seeds": len(row.seeds)}
-    spreads = {
-        name: getattr(row, name) for name in ("perplexity", "accuracy", "final", "best", "worst_decile", "drift")
-    }
+    spreads = {name: getattr(row, name) for name in ("perplexity", "accuracy", "final", "best", "worst_decile")}
+    spreads |= row.watched
     spreads["difference"] = None if row.difference is None else row.difference.points
     for name, spread in spreads.items():
         found[name], found[f"{name}_std"] = (None, None) if spread is None else (spread.mean, spread.std)
