@@ -108,6 +108,8 @@ class Engine:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """When the model is tested, and when a run ends early."""
+
     every: Count = 1  # rounds
     batch_size: Annotated[Count, Field(le=10**6)] = 500
     target_accuracy: Annotated[Finite, Field(gt=0, le=1)] | None = None  # reports "rounds to reach"
@@ -117,6 +119,8 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Checkpoints:
+    """When states are saved, and how many are kept."""
+
     every_chunks: Count = 1
     keep: Count = 2  # the newest ones; the best is kept besides
 
@@ -132,6 +136,8 @@ class Wandb:
 
 @dataclass(frozen=True)
 class Mlflow:
+    """MLflow."""
+
     experiment: Line = "fedjax_qp"
     uri: Line | None = None  # of the tracking store or server; null = mlflow.db beside the run folders
 
