@@ -135,6 +135,7 @@ class Preparation(NamedTuple):
     batches: int  # batches that each client's `prepare` gets
     every: int | None = None  # rounds after which it runs anew; None = once, in the first round a client takes part in
     charged: int = 0  # local steps that it counts for, taken off the same round's training
+    charged_by: str = ""  # the method's option that says how many, for messages
 
 
 class Sampling(NamedTuple):
@@ -168,6 +169,7 @@ class Algorithm(NamedTuple):
     rank_factor: int = 1  # on the rank (and alpha) of a language model's adapters
     plain_sgd: bool = False  # its equations take local steps without momentum for granted
     unused: tuple[str, ...] = ()  # its options that have no effect beside the others
+    step_sizes: tuple[str, ...] = ()  # its options to lower where training diverges
     watch: tuple[Watch, ...] = ()  # its metrics that users should see
 
 

@@ -136,6 +136,7 @@ def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Call
         finish=finish,
         combine=combine,
         serve=lambda server, memory: server.params,
+        step_sizes=("alpha",),
         watch=watched_drift("Lower algorithm.alpha."),
     )
 

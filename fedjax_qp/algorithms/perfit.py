@@ -260,7 +260,7 @@ def perfit(
         combine=combine,
         serve=serve,
         prepare=prepare,
-        preparation=Preparation(warm_up + prunings * score_batches, search_every, warm_up),
+        preparation=Preparation(warm_up + prunings * score_batches, search_every, warm_up, "warm_up"),
         tuned=tuned,
         tunes_adapters=True,
         rank_factor=expansion,

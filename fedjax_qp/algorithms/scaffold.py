@@ -126,6 +126,7 @@ def scaffold(
         combine=combine,
         serve=lambda server, memory: server.params,
         plain_sgd=True,
+        step_sizes=("server_learning_rate",),
     )
 
 

@@ -8,7 +8,7 @@ from jaxtyping import PyTree
 
 from fedjax_qp.config import Config
 from fedjax_qp.engine.plan import Workload, fewest_steps, plan_bytes
-from fedjax_qp.federated import Algorithm, Cohort, Model
+from fedjax_qp.federated import Algorithm, Cohort, Model, Preparation
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.tasks import Task
 
@@ -73,30 +73,31 @@ def check_sampling(config: Config, task: Task, algorithm: Algorithm) -> None:
 
 def check_preparation(work: Workload) -> None:
     """A preparation counts as local steps, so it must leave some: otherwise the method would work more than others."""
-    if work.preparation is None or work.preparation.charged == 0:
+    preparation = work.preparation
+    if preparation is None or preparation.charged == 0:
         return
     fewest, client = fewest_steps(work)
-    if work.preparation.charged >= fewest:
+    if preparation.charged >= fewest:
         raise ConfigurationError(
-            f"algorithm.warm_up = {work.preparation.charged} takes all {fewest} local steps of client {client}: choose 0 to "
-            f"{fewest - 1}, or more local.epochs or a smaller local.batch_size."
+            f"algorithm.{preparation.charged_by} = {preparation.charged} takes all {fewest} local steps of client {client}: "
+            f"choose 0 to {fewest - 1}, or more local.epochs or a smaller local.batch_size."
         )
 
 
 def check_accumulation(work: Workload) -> None:
-    """A client with fewer steps than gradients to average would never move, nor would its warm-up."""
-    every = work.local.accumulate
-    warm_up = work.preparation.charged if work.preparation is not None else 0
-    if 0 < warm_up < every:
+    """A client with fewer steps than gradients to average would never move, nor would its preparation."""
+    every, preparation = work.local.accumulate, work.preparation or Preparation(0)
+    if 0 < preparation.charged < every:
         raise ConfigurationError(
-            f"local.accumulate = {every} leaves nothing of a warm-up of {warm_up} steps: choose 1 to {warm_up}, or an "
-            f"algorithm.warm_up of at least {every}."
+            f"local.accumulate = {every} leaves nothing of the {preparation.charged} steps of "
+            f"algorithm.{preparation.charged_by}: choose 1 to {preparation.charged} here, or at least {every} there."
         )
     fewest, client = fewest_steps(work)
-    if every > fewest - warm_up:
+    left = fewest - preparation.charged
+    if every > left:
         raise ConfigurationError(
-            f"local.accumulate = {every} is more than the {fewest - warm_up} local steps of client {client}: choose 1 to "
-            f"{fewest - warm_up}, or more local.epochs or a smaller local.batch_size."
+            f"local.accumulate = {every} is more than the {left} local steps of client {client}: choose 1 to {left}, or more "
+            "local.epochs or a smaller local.batch_size."
         )
 
 

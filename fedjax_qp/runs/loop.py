@@ -177,10 +177,10 @@ def simulate_together(
 
 
 def _nonfinite(experiment: Experiment, round: int, clients: list[int]) -> NonFiniteLoss:
+    lengths = ["local.momentum", *(f"algorithm.{option}" for option in experiment.algorithm.step_sizes)]
     return NonFiniteLoss(
         f"the training loss is not finite in round {round}, clients {clients}: lower local.learning_rate (now "
-        f"{experiment.config.local.learning_rate}), local.momentum or, with fedmut and fedqp, algorithm.alpha, or set "
-        "local.clip_norm."
+        f"{experiment.config.local.learning_rate}) or {' or '.join(lengths)}, or set local.clip_norm."
     )
 
 
