@@ -5,7 +5,7 @@ A round is server → clients → server:
     shared, own, metrics = dispatch(server, cohort, key)       what all clients get, and what each one gets
     carry = start(shared, own, memory, key)                    a client begins ...
     carry = step(frozen, shared, carry, batch, key)            ... trains on one batch after another ...
-    upload, memory, metrics = finish(shared, own, carry, memory, client)      ... and reports
+    upload, memory, metrics = finish(shared, carry, client)    ... and reports; `client` holds its `own` and `memory`
     server, metrics = combine(server, total, key)              `total` is the sum of the uploads
 
 A method with heavy work of its own before training (PerFIT's search) adds
@@ -16,43 +16,28 @@ An algorithm is these pure functions and nothing else. It never sees lanes, devi
 clients of a cohort, adds up their uploads and carries their memories. A method that must see every single upload gives
 `combine_each` in place of `combine`, one that draws its own cohorts a `Sampling`.
 
-A complete method, as a file of `algorithms/` (averaging with a server's step; `optimizer` is an optax transformation, and
-keyword-only arguments with types are the method's options):
+The way to write a method is to take one that exists and to replace the functions in which it differs, in a file of
+`algorithms/`. `optimizer` is the clients' optax transformation; keyword-only arguments with types are the method's options:
 
-    import jax
+    import jax.numpy as jnp
     import optax
 
     from fedjax_qp.algorithms import algorithms
-    from fedjax_qp.federated import Algorithm, Params
+    from fedjax_qp.algorithms.averaging import fedavg
+    from fedjax_qp.federated import Algorithm
 
     @algorithms.register
-    def damped_average(model, optimizer, *, step_size: float = 1.0) -> Algorithm:
-        def step(frozen, shared, carry, batch, key):
-            params, state, total, count = carry
-            objective = lambda trainable: model.loss(frozen, params._replace(trainable=trainable), batch, key)
-            (value, statistics), gradient = jax.value_and_grad(objective, has_aux=True)(params.trainable)
-            updates, state = optimizer.update(gradient, state, params.trainable)
-            examples = batch.mask.sum()
-            params = Params(optax.apply_updates(params.trainable, updates), statistics)
-            return params, state, total + examples * value, count + examples
+    def clipped_average(model, optimizer, *, radius: float = 1.0) -> Algorithm:
+        '''FedAvg in which no client moves the model by more than `radius`.'''
+        average = fedavg(model, optimizer, weighting="uniform")
 
-        def finish(shared, own, carry, memory, client):
-            return (carry[0], 1.0), memory, {"client/loss": carry[2] / carry[3], "client/counted": carry[3]}
+        def finish(shared, carry, client):
+            upload, memory, metrics = average.finish(shared, carry, client)
+            share = jnp.minimum(1, radius / metrics["client/update_norm"])
+            update = upload.update._replace(trainable=optax.tree.scale(share, upload.update.trainable))
+            return upload._replace(update=update), memory, metrics
 
-        def combine(server, total, key):
-            move = lambda old, summed: old + step_size * (summed / total[1] - old)
-            return jax.tree.map(move, server, total[0]), {}
-
-        return Algorithm(
-            init_server=lambda params, clients: params,
-            init_client=lambda params: (),
-            dispatch=lambda server, cohort, key: (server, (), {}),
-            start=lambda shared, own, memory, key: (shared, optimizer.init(shared.trainable), 0.0, 0),
-            step=step,
-            finish=finish,
-            combine=combine,
-            serve=lambda server, memory: server,
-        )
+        return average._replace(finish=finish)
 
 Metrics named `client/…` are per client; `client/loss` and, where a method has it, `update/norm` guard against divergence. A
 client's losses (`client/…loss`) are means over the examples of all its steps, or over whatever else the model's loss is a
@@ -114,11 +99,13 @@ class Cohort(NamedTuple):
 
 
 class Client(NamedTuple):
-    """The facts about one client that `finish` may need; scalars."""
+    """What `finish` may need to know of one client."""
 
     index: Int[Array, ""]
     size: Float[Array, ""]
     steps: Int[Array, ""]
+    own: PyTree = ()  # what `dispatch` gave it
+    memory: PyTree = ()  # as its training found it
 
 
 class FederatedState(NamedTuple):
@@ -145,6 +132,21 @@ class Sampling(NamedTuple):
     reads_memories: bool = False  # reads the last round's memories, which forces one round per chunk
 
 
+def no_memory(params: Params) -> tuple:
+    """Clients keep nothing between rounds."""
+    return ()
+
+
+def send_model(server: PyTree, cohort: Cohort, key: Key[Array, ""]) -> tuple[Params, tuple, dict]:
+    """All clients get the server's model, and nothing else."""
+    return serve_model(server, ()), (), {}
+
+
+def serve_model(server: PyTree, memory: PyTree) -> Params:
+    """The server's model: its `params`, or the server itself where it is nothing more."""
+    return server if isinstance(server, Params) else server.params
+
+
 class Algorithm(NamedTuple):
     """One federated method as pure functions; see the module docstring for the order of the calls.
 
@@ -153,12 +155,12 @@ class Algorithm(NamedTuple):
     """
 
     init_server: Callable  # (Params, number of clients in the federation) -> server
-    init_client: Callable  # (Params) -> memory
-    dispatch: Callable  # (server, Cohort, key) -> (shared, own[M, ...], metrics)
     start: Callable  # (shared, own, memory, key) -> carry
     step: Callable  # (frozen, shared, carry, Batch, key) -> carry
-    finish: Callable  # (shared, own, carry, memory, Client) -> (upload, memory, metrics)
-    serve: Callable  # (server, memory) -> Params to evaluate a client with
+    finish: Callable  # (shared, carry, Client) -> (upload, memory, metrics)
+    init_client: Callable = no_memory  # (Params) -> memory
+    dispatch: Callable = send_model  # (server, Cohort, key) -> (shared, own[M, ...], metrics)
+    serve: Callable = serve_model  # (server, memory) -> Params to evaluate a client with
     combine: Callable | None = None  # (server, total, key) -> (server, metrics)
     combine_each: Callable | None = None  # (server, uploads[M, ...], Cohort, key) -> (server, metrics)
     prepare: Callable | None = None  # (frozen, shared, own, memory, Batch[batches, B], key) -> memory

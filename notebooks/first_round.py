@@ -69,7 +69,7 @@ for slot in range(len(cohort.clients)):
         examples = jax.tree.map(lambda leaf, i=indices: leaf[np.maximum(i, 0)], train)
         carry = step((), shared, carry, Batch(examples, indices >= 0), keys.clients)
     client = Client(*(leaf[slot] for leaf in cohort))
-    upload, _, metrics = algorithm.finish(shared, (), carry, (), client)
+    upload, _, metrics = algorithm.finish(shared, carry, client)
     total = upload if total is None else jax.tree.map(jnp.add, total, upload)
     print(f"client {client.index:2d}: {int(client.size):3d} examples, mean loss {metrics['client/loss']:.3f}")
 server, metrics = algorithm.combine(state.server, total, keys.combine)

@@ -1,21 +1,35 @@
-"""The example in the vocabulary's docstring is a method that runs, and it is federated averaging."""
+"""The example in the vocabulary's docstring is a method that runs, and does what it says."""
 
 import textwrap
 
 import jax
 import optax
-from support.federations import run_rounds, small_algorithm, small_engine, small_model, worst_difference
+import pytest
+from support.federations import images, play, run_rounds, small_algorithm, small_engine, small_model, worst_difference
 
 from fedjax_qp import federated
-from fedjax_qp.federated import Algorithm, Params
+from fedjax_qp.algorithms import algorithms
 
 
-def test_the_docstrings_method_is_uniform_fedavg():
-    text = federated.__doc__.split("@algorithms.register\n")[1].split("\n\nMetrics named")[0]
-    names = {"jax": jax, "optax": optax, "Params": Params, "Algorithm": Algorithm}
+@pytest.fixture
+def clipped(monkeypatch):
+    """The example's function; what it registers is forgotten."""
+    monkeypatch.setattr(algorithms, "_functions", dict(algorithms._functions))
+    text, names = federated.__doc__.split("method's options:\n\n")[1].split("\n\nMetrics named")[0], {}
+    assert len(textwrap.dedent(text).split("@algorithms.register\n")[1].splitlines()) <= 12
     exec(textwrap.dedent(text), names)
-    plain = names["damped_average"](small_model(), optax.sgd(0.05, 0.9))
-    state, _ = run_rounds(plain, small_engine(plain), lanes=3)
-    expected_algorithm = small_algorithm("fedavg-uniform")
-    expected, _ = run_rounds(expected_algorithm, small_engine(expected_algorithm), lanes=3)
-    assert worst_difference(expected.server.params, state.server) <= 1e-5
+    return names["clipped_average"]
+
+
+def test_the_docstrings_method_clips_what_fedavg_uploads(clipped):
+    radius = 0.05
+    method = clipped(small_model(), optax.sgd(0.05, 0.9), radius=radius)
+    ours, plain = (play(one, images(), rounds=1) for one in (method, small_algorithm("fedavg-uniform")))
+    for client, upload in ours.uploads[0].items():
+        expected = plain.uploads[0][client].update.trainable
+        norm = float(optax.tree.norm(expected))
+        assert norm > radius
+        clipped_update = jax.tree.map(lambda leaf, share=radius / norm: share * leaf, expected)
+        assert worst_difference(clipped_update, upload.update.trainable) <= 1e-5
+    state, _ = run_rounds(method, small_engine(method), lanes=3, rounds=1)
+    assert worst_difference(ours.server.params, state.server.params) <= 1e-5

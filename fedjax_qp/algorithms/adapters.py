@@ -158,11 +158,11 @@ def adapter_averaging(
 
         return training.step(frozen, carry, batch, key, None if is_zero(proximal) else pull)
 
-    def finish(shared: AdapterServer, own: tuple, carry: LocalState, memory: AdapterMemory, client: Client) -> tuple:
+    def finish(shared: AdapterServer, carry: LocalState, client: Client) -> tuple:
         adapters = carry.params.trainable
         weight = client_weight(weighting, client)
         upload = Report(weight, [weight * leaf for leaf in factors(adapters, averaged)])
-        metrics = training_metrics(carry, personal(shared, memory))
+        metrics = training_metrics(carry, personal(shared, client.memory))
         sent = lora.count(factors(adapters, lambda factor: averaged(factor) and trained(factor)))
         if local_after is not None:
             sent = jnp.where(shared.round < local_after, sent, 0)

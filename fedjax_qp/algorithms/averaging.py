@@ -15,7 +15,7 @@ from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, Weighting, add, local_training, mean_update, report
-from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
+from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
 from fedjax_qp.registry import is_zero
 from fedjax_qp.settings.values import Probability
 
@@ -44,9 +44,6 @@ def averaging(
     def init_server(params: Params, clients: int) -> Server:
         return Server(params, server_optimizer.init(params.trainable))
 
-    def dispatch(server: Server, cohort: Cohort, key: Any) -> tuple[Params, tuple, dict]:
-        return server.params, (), {}
-
     def start(shared: Params, own: tuple, memory: tuple, key: Any) -> LocalState:
         return training.start(shared)
 
@@ -56,7 +53,7 @@ def averaging(
 
         return training.step(frozen, carry, batch, key, None if is_zero(proximal) else pull)
 
-    def finish(shared: Params, own: tuple, carry: LocalState, memory: tuple, client: Client) -> tuple:
+    def finish(shared: Params, carry: LocalState, client: Client) -> tuple:
         upload, metrics = report(carry, shared.trainable, shared, client, weighting)
         return upload, (), metrics
 
@@ -70,13 +67,10 @@ def averaging(
 
     return Algorithm(
         init_server=init_server,
-        init_client=lambda params: (),
-        dispatch=dispatch,
         start=start,
         step=step,
         finish=finish,
         combine=combine,
-        serve=lambda server, memory: server.params,
     )
 
 

@@ -136,8 +136,8 @@ def clustered_sampling(
         gradients = [np.asarray(leaf, np.float64).reshape(len(sizes), -1) for leaf in jax.tree.leaves(memories)]
         return draw(by_similarity(sizes, members, gradients, measure), generator)
 
-    def finish(shared: Params, own: tuple, carry: LocalState, memory: PyTree, client: Client) -> tuple:
-        upload, _, metrics = average.finish(shared, own, carry, (), client)
+    def finish(shared: Params, carry: LocalState, client: Client) -> tuple:
+        upload, _, metrics = average.finish(shared, carry, client)
         return upload, upload.update.trainable, metrics
 
     if by == "size":

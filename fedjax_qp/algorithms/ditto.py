@@ -66,13 +66,13 @@ def ditto(
         moved = training.step(frozen, carry.personal, batch, key, pull)
         return DittoState(average.step(frozen, shared, carry.shared, batch, key), moved)
 
-    def finish(shared: Params, own: tuple, carry: DittoState, memory: DittoMemory, client: Client) -> tuple:
-        upload, _, metrics = average.finish(shared, own, carry.shared, (), client)
+    def finish(shared: Params, carry: DittoState, client: Client) -> tuple:
+        upload, _, metrics = average.finish(shared, carry.shared, client)
         metrics |= {"client/personal_loss": mean_loss(carry.personal)}
         sent = int(lora.count(shared))
         # v_k's entries: the global model's are as many again.
         metrics |= entry_metrics(lora.count(shared.trainable), sent=sent, received=sent, most=sent)
-        return upload, DittoMemory(carry.personal.params, memory.rounds + 1), metrics
+        return upload, DittoMemory(carry.personal.params, client.memory.rounds + 1), metrics
 
     def serve(server: Server, memory: DittoMemory | tuple) -> Params:
         return personal(server.params, memory) if isinstance(memory, DittoMemory) else server.params

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.local import LocalState, Upload, add, local_training, mean_update, report
-from fedjax_qp.federated import Algorithm, Batch, Client, Cohort, Model, Params
+from fedjax_qp.federated import Algorithm, Batch, Client, Model, Params
 
 
 class FeddynServer(NamedTuple):
@@ -64,9 +64,6 @@ def feddyn(
     def init_server(params: Params, clients: int) -> FeddynServer:
         return FeddynServer(params, init_client(params), jnp.asarray(clients, jnp.float32))
 
-    def dispatch(server: FeddynServer, cohort: Cohort, key: Any) -> tuple[Params, tuple, dict]:
-        return server.params, (), {}
-
     def start(shared: Params, own: tuple, memory: PyTree, key: Any) -> FeddynState:
         return FeddynState(training.start(shared), memory)
 
@@ -76,9 +73,9 @@ def feddyn(
 
         return FeddynState(training.step(frozen, carry.local, batch, key, pull), carry.moves)
 
-    def finish(shared: Params, own: tuple, carry: FeddynState, memory: PyTree, client: Client) -> tuple:
+    def finish(shared: Params, carry: FeddynState, client: Client) -> tuple:
         upload, metrics = report(carry.local, shared.trainable, shared, client, "uniform")
-        return upload, add(memory, upload.update.trainable), metrics
+        return upload, add(client.memory, upload.update.trainable), metrics
 
     def combine(server: FeddynServer, total: Upload, key: Any) -> tuple[FeddynServer, dict[str, Array]]:
         mean, metrics = mean_update(total)
@@ -94,7 +91,6 @@ def feddyn(
     return Algorithm(
         init_server=init_server,
         init_client=init_client,
-        dispatch=dispatch,
         start=start,
         step=step,
         finish=finish,

@@ -174,7 +174,7 @@ def fedgen(
         local = local_training(model._replace(loss=loss), optimizer).step(frozen, carry.local, batch, key)
         return FedgenState(local, carry.counts + batch.mask @ jax.nn.one_hot(batch.examples.labels, parts.classes))
 
-    def finish(shared: Shared, own: tuple, carry: FedgenState, memory: tuple, client: Client) -> tuple:
+    def finish(shared: Shared, carry: FedgenState, client: Client) -> tuple:
         average, metrics = report(carry.local, shared.params.trainable, shared.params, client, weighting)
         return FedgenUpload(average, carry.counts), (), metrics
 
@@ -218,7 +218,6 @@ def fedgen(
 
     return Algorithm(
         init_server=init_server,
-        init_client=lambda params: (),
         dispatch=dispatch,
         start=start,
         step=step,

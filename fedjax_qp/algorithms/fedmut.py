@@ -119,8 +119,8 @@ def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Call
     def step(frozen: PyTree, shared: Shared, carry: LocalState, batch: Batch, key: Any) -> LocalState:
         return training.step(frozen, carry, batch, key)
 
-    def finish(shared: Shared, own: Own, carry: LocalState, memory: tuple, client: Client) -> tuple:
-        upload, metrics = report(carry, start_model(shared, own), shared.params, client, "uniform")
+    def finish(shared: Shared, carry: LocalState, client: Client) -> tuple:
+        upload, metrics = report(carry, start_model(shared, client.own), shared.params, client, "uniform")
         return upload, (), metrics
 
     def combine(server: MutationServer, total: Upload, key: Any) -> tuple[MutationServer, dict]:
@@ -129,13 +129,11 @@ def mutating(model: Model, optimizer: optax.GradientTransformation, mutate: Call
 
     return Algorithm(
         init_server=init_server,
-        init_client=lambda params: (),
         dispatch=dispatch,
         start=start,
         step=step,
         finish=finish,
         combine=combine,
-        serve=lambda server, memory: server.params,
         step_sizes=("alpha",),
         watch=watched_drift("Lower algorithm.alpha."),
     )

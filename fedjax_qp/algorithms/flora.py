@@ -88,7 +88,7 @@ def flora(
         after = training.step(frozen, complete, batch, key)
         return after._replace(params=after.params._replace(statistics=()))
 
-    def finish(shared: FloraShared, own: tuple, carry: LocalState, memory: AdapterMemory, client: Client) -> tuple:
+    def finish(shared: FloraShared, carry: LocalState, client: Client) -> tuple:
         adapters = carry.params.trainable
         metrics = training_metrics(carry, shared.fresh)
         count = int(lora.count(adapters))

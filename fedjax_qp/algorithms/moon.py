@@ -91,8 +91,8 @@ def moon(
         training = local_training(model._replace(loss=loss), optimizer)
         return carry._replace(local=training.step(frozen, carry.local, batch, key))
 
-    def finish(shared: Params, own: tuple, carry: MoonState, memory: Params, client: Client) -> tuple:
-        upload, _, metrics = average.finish(shared, own, carry.local, (), client)
+    def finish(shared: Params, carry: MoonState, client: Client) -> tuple:
+        upload, _, metrics = average.finish(shared, carry.local, client)
         return upload, carry.local.params, metrics
 
     return average._replace(

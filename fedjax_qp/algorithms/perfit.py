@@ -200,11 +200,9 @@ def perfit(
     def step(frozen: PyTree, shared: PerfitServer, carry: LocalState, batch: Batch, key: Any) -> LocalState:
         return training.step(frozen, carry, batch, key)
 
-    def finish(
-        shared: PerfitServer, own: PerfitOwn, carry: LocalState, memory: PerfitMemory, client: Client
-    ) -> tuple[PerfitUpload, PerfitMemory, dict]:
-        adapters, masks = carry.params.trainable, carry.params.masks
-        row = client_weight(weighting, client) * jax.nn.one_hot(own.group, groups)
+    def finish(shared: PerfitServer, carry: LocalState, client: Client) -> tuple[PerfitUpload, PerfitMemory, dict]:
+        adapters, masks, memory = carry.params.trainable, carry.params.masks, client.memory
+        row = client_weight(weighting, client) * jax.nn.one_hot(client.own.group, groups)
 
         def by_group(leaf: Array) -> Array:
             return row.reshape(-1, *(1,) * leaf.ndim) * leaf

@@ -116,15 +116,13 @@ def ranked(
     def step(frozen: PyTree, shared: RankServer, carry: LocalState, batch: Batch, key: Any) -> LocalState:
         return training.step(frozen, carry, batch, key)
 
-    def finish(
-        shared: RankServer, own: Int[Array, ""], carry: LocalState, memory: RankMemory, client: Client
-    ) -> tuple[Any, RankMemory, dict]:
+    def finish(shared: RankServer, carry: LocalState, client: Client) -> tuple[Any, RankMemory, dict]:
         adapters, masks = carry.params.trainable, carry.params.masks
-        metrics = training_metrics(carry, truncated(shared, own).trainable)
+        metrics = training_metrics(carry, truncated(shared, client.own).trainable)
         count = lora.count(masks)
         most = int(lora.count(adapters))
         metrics |= entry_metrics(count, sent=count, received=count, most=most)
-        return upload(adapters, own, client), RankMemory(adapters, own, shared.round + 1), metrics
+        return upload(adapters, client.own, client), RankMemory(adapters, client.own, shared.round + 1), metrics
 
     def moved(server: RankServer, adapters: PyTree) -> tuple[RankServer, dict[str, Array]]:
         update = jax.tree.map(jnp.subtract, adapters, server.adapters)

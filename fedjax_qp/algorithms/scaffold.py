@@ -104,10 +104,10 @@ def scaffold(
         local = moved(optimizer, carry.local, corrected, counted(model, batch))
         return ScaffoldState(local, carry.correction, gradients, carry.weight + weight)
 
-    def finish(shared: Shared, own: tuple, carry: ScaffoldState, memory: PyTree, client: Client) -> tuple:
+    def finish(shared: Shared, carry: ScaffoldState, client: Client) -> tuple:
         average, metrics = report(carry.local, shared.params.trainable, shared.params, client, weighting)
         control = jax.tree.map(lambda total: total / carry.weight, carry.gradients)
-        return ScaffoldUpload(average, jax.tree.map(jnp.subtract, control, memory)), control, metrics
+        return ScaffoldUpload(average, jax.tree.map(jnp.subtract, control, client.memory)), control, metrics
 
     def combine(server: ScaffoldServer, total: ScaffoldUpload, key: Any) -> tuple[ScaffoldServer, dict[str, Array]]:
         mean, metrics = mean_update(total.average)
@@ -124,7 +124,6 @@ def scaffold(
         step=step,
         finish=finish,
         combine=combine,
-        serve=lambda server, memory: server.params,
         plain_sgd=True,
         step_sizes=("server_learning_rate",),
     )

@@ -96,7 +96,7 @@ def run_clients(
 
     def finish(slot: Int[Array, ""], carry: PyTree) -> tuple[PyTree, PyTree, dict]:
         shared, own, memory = slots.facts(slot)
-        return slots.algorithm(slot).finish(shared, own, carry, memory, Client(*of(cohort, slot)))
+        return slots.algorithm(slot).finish(shared, carry, Client(*of(cohort, slot), own=own, memory=memory))
 
     def load(begins: Bool[Array, "L"], lane_slots: Int[Array, "L"], carry: PyTree) -> PyTree:
         return select(begins, jax.vmap(start)(lane_slots), carry)

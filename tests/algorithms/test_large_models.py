@@ -68,8 +68,8 @@ def metrics_of_a_round(algorithm, large: Model) -> dict:
         )
     carry = jax.eval_shape(algorithm.start, shared, own, memory, key)
     carry = jax.eval_shape(algorithm.step, frozen, shared, carry, batch(), key)
-    client = Client(shapes(), shapes(dtype=jnp.float32), shapes())
-    upload, memory, metrics = jax.eval_shape(algorithm.finish, shared, own, carry, memory, client)
+    client = Client(shapes(), shapes(dtype=jnp.float32), shapes(), own, memory)
+    upload, memory, metrics = jax.eval_shape(algorithm.finish, shared, carry, client)
     if algorithm.combine is not None:
         server, _ = jax.eval_shape(algorithm.combine, server, upload, key)
     else:

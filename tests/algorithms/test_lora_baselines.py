@@ -130,13 +130,13 @@ def test_hetlora_with_equal_ranks_and_norms_is_fedavg():
         drawn = jax.tree.map(lambda leaf, s=seed: jax.random.normal(jax.random.key(s), leaf.shape), start(2))
         size = product_norm(drawn)
         clients.append(jax.tree.map(lambda leaf, s=size: leaf / jnp.sqrt(s), drawn))
-    one = Client(*jnp.ones((3, 1))[:, 0])
     shared, own, _ = algorithm.dispatch(server, _cohort(3), jax.random.key(0))
+    one = Client(*jnp.ones((3, 1))[:, 0], own[0])
     carries = [algorithm.start(shared, own[0], None, None) for _ in clients]
     uploads = []
     for carry, adapters in zip(carries, clients, strict=True):
         trained = carry._replace(params=carry.params._replace(trainable=adapters))
-        uploads.append(algorithm.finish(shared, own[0], trained, None, one)[0])
+        uploads.append(algorithm.finish(shared, trained, one)[0])
     after, _ = algorithm.combine(server, jax.tree.map(lambda *leaves: sum(leaves), *uploads), None)
     assert worst_difference(jax.tree.map(lambda *leaves: sum(leaves) / 3, *clients), after.adapters) <= 1e-5
 

@@ -88,8 +88,9 @@ def report(grouped: bool, server, client: int, theta, mask, size: float):
     shared, own, _ = algorithm.dispatch(server, cohort, jax.random.key(0))
     memory = algorithm.init_client(federation.model.init(jax.random.key(0)))
     carry = LocalState(Params(theta, (), mask), (), jnp.zeros(()), jnp.zeros((), jnp.int32))
-    facts = Client(jnp.int32(client), jnp.float32(size), jnp.int32(1))
-    return finish(shared, jax.tree.map(lambda leaf: leaf[0], own), carry, memory, facts)[0]
+    mine = jax.tree.map(lambda leaf: leaf[0], own)
+    facts = Client(jnp.int32(client), jnp.float32(size), jnp.int32(1), mine, memory)
+    return finish(shared, carry, facts)[0]
 
 
 @settings(max_examples=5, deadline=None)

@@ -268,8 +268,8 @@ def play(algorithm: Algorithm, federation: Federation, rounds: int = ROUNDS, **c
             for place, indices in enumerate(plan.lanes.examples[0, number][plan.lanes.slots[0, number] == slot]):
                 key = client_key(keys.clients, client, place + 1)
                 carry = step(federation.frozen, shared, carry, batch(indices), key)
-            facts = Client(*(leaf[slot] for leaf in cohort))
-            reports[slot], memories[client], metrics[client] = finish(shared, mine, carry, memories[client], facts)
+            facts = Client(*(leaf[slot] for leaf in cohort), mine, memories[client])
+            reports[slot], memories[client], metrics[client] = finish(shared, carry, facts)
             uploads[client] = reports[slot]
         in_order = [reports[slot] for slot in range(len(cohort.clients))]
         if algorithm.combine_each is not None:
@@ -297,8 +297,8 @@ def worst_difference(first, second) -> float:
 def counting() -> Algorithm:
     """A toy with client memory: every client counts its rounds and its steps; the server counts reports."""
 
-    def finish(shared, own, carry, memory, client):
-        memory = {"rounds": memory["rounds"] + 1, "steps": memory["steps"] + carry}
+    def finish(shared, carry, client):
+        memory = {"rounds": client.memory["rounds"] + 1, "steps": client.memory["steps"] + carry}
         return jnp.ones(()), memory, {"client/loss": carry}
 
     return Algorithm(
