@@ -27,6 +27,7 @@ from rich.console import Console
 from fedjax_qp import config as configuration
 from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
+from fedjax_qp.reports import rendering
 from fedjax_qp.reports.plots import plot_comparison
 from fedjax_qp.runs import records
 from fedjax_qp.runs.run import Outcome
@@ -200,12 +201,12 @@ def report(
     wanted = f"{arguments.config.stem}-{phase}-fedavg-uniform"
     baseline = wanted if any(method.label == wanted for method in comparison.methods(runs)) else None
     rows = comparison.summary(runs, last=arguments.last, target=None, baseline=baseline)
-    console.print(comparison.table(rows))
+    console.print(rendering.table(rows))
     stem = arguments.output or _results(arguments, phase)
     note = f"\nDiverged, and in no mean: {', '.join(diverged)}.\n" if diverged else ""
     files = {ending: stem.with_name(stem.name + ending) for ending in (".md", ".json", ".png", ".csv")}
-    files[".md"].write_text(comparison.to_markdown(rows) + note)
-    files[".json"].write_text(comparison.to_json(rows))
+    files[".md"].write_text(rendering.to_markdown(rows) + note)
+    files[".json"].write_text(rendering.to_json(rows))
     plot_comparison(runs, files[".png"])
     with files[".csv"].open("w", newline="") as file:
         writer = csv.writer(file)

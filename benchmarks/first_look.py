@@ -13,6 +13,7 @@ from rich.console import Console
 from fedjax_qp import config as configuration
 from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
+from fedjax_qp.reports import rendering
 from fedjax_qp.reports.plots import plot_comparison
 from fedjax_qp.runs.run import resume, run
 
@@ -50,7 +51,7 @@ def main() -> None:
         for label, method in METHODS.items()
     ]
     runs = comparison.load_runs(folders)
-    console.print(comparison.table(comparison.summary(runs, last=10, target=None, baseline="FedAvg")))
+    console.print(rendering.table(comparison.summary(runs, last=10, target=None, baseline="FedAvg")))
     figure = folders[0].parent / "comparison.png"
     plot_comparison(runs, figure)
     console.print(f"figure: {figure}; {time.perf_counter() - started:.0f} s in all")

@@ -12,12 +12,12 @@ from statistics import median
 
 import jax
 import numpy as np
-from fedjax_qp.runs.environment import environment
 
 from fedjax_qp.config import Config
 from fedjax_qp.engine import Engine
 from fedjax_qp.engine.plan import Plan
 from fedjax_qp.experiment import Experiment, build, first_state, start_engine
+from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.loop import chunk_plan
 
 

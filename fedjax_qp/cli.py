@@ -187,6 +187,7 @@ def compare(
     """
     _check_comparison(runs, last, target)
     from fedjax_qp.reports import compare as comparison
+    from fedjax_qp.reports import rendering
     from fedjax_qp.reports.personal import (
         has_personal,
         personal_json,
@@ -199,11 +200,11 @@ def compare(
     loaded = comparison.load_runs(list(runs))
     rows = comparison.summary(loaded, last=last, target=target, baseline=baseline)
     console = Console()
-    console.print(comparison.table(rows))
+    console.print(rendering.table(rows))
     files = {ending: output.with_name(f"{output.name}.{ending}") for ending in ("md", "json", "png")}
     with _writing(output):
-        files["md"].write_text(comparison.to_markdown(rows))
-        files["json"].write_text(comparison.to_json(rows))
+        files["md"].write_text(rendering.to_markdown(rows))
+        files["json"].write_text(rendering.to_json(rows))
         plot_comparison(loaded, files["png"])
     console.print(f"figure: {files['png']}", markup=False)
     if has_personal(loaded):

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 from exchange import Block, Workload, serve
-from fedjax_qp.runs.environment import environment
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import Experiment, build, first_state, start_engine, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.runs.autotune import choose_layout
+from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.loop import chunk_bounds, chunk_plan
 
 

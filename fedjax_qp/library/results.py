@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Union
 
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.reports import compare as comparing
+from fedjax_qp.reports import rendering
 from fedjax_qp.reports.personal import VIEWS, PersonalRow, has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.runs import records as recorded
 
@@ -219,16 +220,16 @@ class Comparison:
         """
         from fedjax_qp.reports.personal import personal_markdown
 
-        return comparing.to_markdown(self.rows) + (f"\n{personal_markdown(self.personal)}" if self.personal else "")
+        return rendering.to_markdown(self.rows) + (f"\n{personal_markdown(self.personal)}" if self.personal else "")
 
     def __repr__(self) -> str:
         return self.markdown()
 
     def _repr_html_(self) -> str:
-        tables = [_html_table(*comparing.grid(self.rows))]
+        tables = [_html_table(*rendering.grid(self.rows))]
         if self.personal:
             tables += [f"<p>{quantity(self.personal)}</p>", _html_table(*personal_grid(self.personal))]
-        return "\n".join([*tables, *(f"<p>{html.escape(note)}</p>" for note in comparing.notes(self.rows))])
+        return "\n".join([*tables, *(f"<p>{html.escape(note)}</p>" for note in rendering.notes(self.rows))])
 
 
 def load(*folders: Folders) -> Runs:
@@ -333,9 +334,6 @@ def _flat(row: comparing.Row) -> dict[str, Any]:
 
 
 def _html_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [_html_line("th", headings), *(_html_line("td", row) for row in rows)]
-    return "<table>" + "".join(lines) + "</table>"
+    import pandas as pd
 
-
-def _html_line(cell: str, texts: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in texts) + "</tr>"
+    return pd.DataFrame(rows, columns=list(headings)).to_html(index=False, border=0)

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import defaults
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.reports import compare
+from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports.compare import Run
 from fedjax_qp.reports.personal import has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.reports.plots import plot_comparison, plot_run
@@ -125,11 +125,11 @@ def write_report(
 def comparison(runs: list[Run], *, last: int, target: float | None, baseline: str | None) -> dict[str, Any]:
     """The parts of a page that compares runs."""
     rows = compare.summary(runs, last=last, target=target, baseline=baseline)
-    headings, cells = compare.grid(rows)
+    headings, cells = rendering.grid(rows)
     found = {
         "headings": headings,
         "cells": cells,
-        "warnings": compare.notes(rows),
+        "warnings": rendering.notes(rows),
         "curves": _drawn(lambda path: plot_comparison(runs, path), "comparison"),
         "personal": None,
         "last": last,

@@ -17,14 +17,13 @@ from fedjax_qp.reports.compare import (
     Method,
     Run,
     Spread,
-    as_dict,
-    markdown_lines,
     methods,
     named,
     over_common_rounds,
     series,
     spread,
 )
+from fedjax_qp.reports.rendering import as_dict, markdown_lines
 
 VIEWS = {"aggregated": "personal", "tuned": "tuned"}  # our word: the key in a record
 

@@ -18,7 +18,8 @@ import pandas as pd
 from fedjax_qp.console.tables import TextTable
 from fedjax_qp.files import write_whole, writing
 from fedjax_qp.registry import ConfigurationError, unknown_name
-from fedjax_qp.reports.compare import Spread, markdown_lines, spread
+from fedjax_qp.reports.compare import Spread, spread
+from fedjax_qp.reports.rendering import markdown_lines
 from fedjax_qp.runs import records
 from fedjax_qp.sweeps.space import Rank, Sweep
 from fedjax_qp.sweeps.stopping import Curves, goodness, metric_names, value_at

@@ -122,12 +122,13 @@ def test_a_typo_is_named_also_where_the_folder_holds_a_run(tmp_path, capsys, ove
 @pytest.mark.parametrize("command", ["compare", "report"])
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys, monkeypatch, command):
     (tmp_path / "file").write_text("")
-    import fedjax_qp.reports.compare as comparison
+    from fedjax_qp.reports import compare as comparison
+    from fedjax_qp.reports import rendering
 
     if command == "compare":
         monkeypatch.setattr(comparison, "load_runs", lambda runs: [])
         monkeypatch.setattr(comparison, "summary", lambda *_, **__: [])
-        monkeypatch.setattr(comparison, "table", lambda rows: "")
+        monkeypatch.setattr(rendering, "table", lambda rows: "")
     with pytest.raises(SystemExit) as left:
         cli.main([command, str(tmp_path), "--output", str(tmp_path / "file" / "x")])
     assert left.value.code == 2

@@ -10,7 +10,7 @@ from support.comparisons import made_run
 
 from fedjax_qp.console.tables import without_empty
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.reports import compare
+from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports import personal as compare_personal
 from fedjax_qp.reports.compare import Spread
 from fedjax_qp.reports.personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
@@ -64,7 +64,7 @@ def test_difference_uses_the_seeds_that_both_have(three_seeds_each):
     _, qp = compare.summary(runs, last=2, baseline="fedavg")
     assert qp.difference is not None
     assert close(qp.difference.points, 4.0, 8**0.5, 2)  # 2 and 6 points
-    assert "(2 seeds)" in compare.to_markdown(compare.summary(runs, last=2, baseline="fedavg"))
+    assert "(2 seeds)" in rendering.to_markdown(compare.summary(runs, last=2, baseline="fedavg"))
     alone = [run for run in runs if run.config["seed"] == (1 if run.config["name"] == "fedqp" else 0)]
     _, qp = compare.summary(alone, last=2, baseline="fedavg")
     assert qp.difference == ("fedavg", None)
@@ -84,18 +84,18 @@ def test_what_a_method_wants_shown_is_a_column_of_means_over_rounds(tmp_path):
     rows = compare.summary(compare.load_runs([folder, other]))
     assert [row.watched for row in rows] == [{"drift": Spread(0.5, None, 1)}, {}]
     assert rows[0].accuracy is None
-    headings, cells = compare.grid(rows)
+    headings, cells = rendering.grid(rows)
     assert [line[headings.index("drift")] for line in cells] == ["0.50", "–"]
 
 
 def test_a_run_whose_folder_says_nothing_of_it_has_no_such_column(tmp_path):
     folder = made_run(tmp_path, "fedqp", 0, [0.5], (Watch("test_accuracy", "drift"),))
-    assert "drift" in compare.grid(compare.summary(compare.load_runs([folder])))[0]
+    assert "drift" in rendering.grid(compare.summary(compare.load_runs([folder])))[0]
     for damaged in ("{", "[]", '{"watched": 3}', '{"watched": [{"metric": 3}]}', '{"watched": [{"label": "drift"}]}'):
         (folder / watched.FILE).write_text(damaged)
-        assert "drift" not in compare.grid(compare.summary(compare.load_runs([folder])))[0]
+        assert "drift" not in rendering.grid(compare.summary(compare.load_runs([folder])))[0]
     (folder / watched.FILE).unlink()
-    assert "drift" not in compare.grid(compare.summary(compare.load_runs([folder])))[0]
+    assert "drift" not in rendering.grid(compare.summary(compare.load_runs([folder])))[0]
 
 
 def test_runs_that_differ_in_the_seed_or_in_where_they_ran_are_one_method(tmp_path):
@@ -138,7 +138,7 @@ def test_unequal_settings_are_part_of_the_result(tmp_path):
     rows = compare.summary(compare.load_runs(folders))
     assert rows[0].unequal == []
     assert rows[1].unequal == ["data.name: 'digits' → 'mnist5k'", "rounds finished: 2 → 1"]
-    assert "Settings differ: a → b differs in data.name" in compare.to_markdown(rows)
+    assert "Settings differ: a → b differs in data.name" in rendering.to_markdown(rows)
     assert "Settings differ" in shown(rows)
     swapped = compare.summary(compare.load_runs(folders), baseline="b")
     assert swapped[1].unequal == []
@@ -203,7 +203,7 @@ def test_language_runs_are_judged_by_perplexity(tmp_path):
         compare.load_runs([language_run(tmp_path, s, [9.0, 4.0 + s, 5.0 + s]) for s in (0, 2)]), last=2
     )
     assert rows[0].perplexity is not None and close(rows[0].perplexity, 5.5, 2**0.5, 2)
-    assert compare.grid(rows)[0] == [
+    assert rendering.grid(rows)[0] == [
         "method",
         "seeds",
         "perplexity, last 2",
@@ -217,8 +217,8 @@ def test_a_perplexity_that_is_no_number_is_not_missing(tmp_path):
     rows = compare.summary(
         compare.load_runs([language_run(tmp_path, 0, [4.0, None]), language_run(tmp_path, 1, [4.0, 5.0])])
     )
-    assert compare.grid(rows)[1][0][2] == "not finite"
-    assert json.loads(compare.to_json(rows))[0]["perplexity"]["mean"] is None
+    assert rendering.grid(rows)[1][0][2] == "not finite"
+    assert json.loads(rendering.to_json(rows))[0]["perplexity"]["mean"] is None
     assert "lm: seed 0: a test loss is not finite" in shown(rows) and "personal model of client 1 (round 2)" in shown(
         rows
     )
@@ -279,20 +279,20 @@ def test_traffic_is_a_mean_over_all_reports_of_a_run(tmp_path):
 def test_no_word_is_broken_in_a_narrow_terminal(tmp_path, three_seeds_each, width):
     rows = compare.summary(three_seeds_each, last=2, target=0.6, baseline="fedavg")
     text = io.StringIO()
-    Console(width=width, file=text).print(compare.table(rows))
+    Console(width=width, file=text).print(rendering.table(rows))
     words = set(text.getvalue().split())
     assert {"accuracy,", "(points)", "decile"} <= words
     assert all(len(line) <= width for line in text.getvalue().splitlines())
-    for cell in compare.grid(rows)[1][1]:
+    for cell in rendering.grid(rows)[1][1]:
         assert cell in text.getvalue()
 
 
-@pytest.mark.parametrize("write", [compare.table, compare.to_markdown, personal_table, personal_markdown])
+@pytest.mark.parametrize("write", [rendering.table, rendering.to_markdown, personal_table, personal_markdown])
 def test_every_cell_is_written_once(tmp_path, monkeypatch, write):
     """Not the whole table anew for each of its rows."""
     runs = compare.load_runs([image_run(tmp_path, f"method {number}", 0, 0.5) for number in range(5)])
-    rows: list = compare.summary(runs) if write in (compare.table, compare.to_markdown) else personal_summary(runs)
-    module, made = (compare if isinstance(rows[0], compare.Row) else compare_personal), []
+    rows: list = compare.summary(runs) if write in (rendering.table, rendering.to_markdown) else personal_summary(runs)
+    module, made = (rendering if isinstance(rows[0], compare.Row) else compare_personal), []
     monkeypatch.setattr(module, "without_empty", lambda *grid: made.append(grid) or without_empty(*grid))
     write(rows)
     assert len(made) == 1
@@ -342,14 +342,14 @@ def test_runs_that_are_not_whole_are_named(tmp_path):
     (folders[3] / "records.jsonl").write_text("")
     (row,) = compare.summary(compare.load_runs(folders))
     assert row.unfinished == ["seed 1 diverged after 2 rounds", "seed 2 has 1 of 2 rounds", "seed 3 has 0 of 2 rounds"]
-    assert "Incomplete: a, seed 1 diverged after 2 rounds, seed 2" in compare.to_markdown([row])
+    assert "Incomplete: a, seed 1 diverged after 2 rounds, seed 2" in rendering.to_markdown([row])
     (folders[2] / "ended.json").write_text("{}")  # it stopped early, as it was told to
     assert "seed 2" not in str(compare.summary(compare.load_runs(folders))[0].unfinished)
 
 
 def shown(rows: list[compare.Row]) -> str:
     text = io.StringIO()
-    Console(width=200, file=text).print(compare.table(rows))
+    Console(width=200, file=text).print(rendering.table(rows))
     return text.getvalue()
 
 
@@ -360,7 +360,7 @@ def test_uneven_seeds_of_one_method_are_named(tmp_path):
 
 def test_outputs_hold_the_same_numbers(three_seeds_each):
     rows = compare.summary(three_seeds_each, last=2, target=0.6, baseline="fedavg")
-    header, _, average, qp = compare.to_markdown(rows).splitlines()
+    header, _, average, qp = rendering.to_markdown(rows).splitlines()
     cells = [cell.strip() for cell in qp.strip("|").split("|")]
     assert cells == [
         "fedqp",
@@ -375,7 +375,7 @@ def test_outputs_hold_the_same_numbers(three_seeds_each):
     assert len(header.split("|")) == len(average.split("|")) == len(qp.split("|"))
     assert all(cell in shown(rows) for cell in cells)
     assert "Settings differ" not in shown(rows)
-    loaded = json.loads(compare.to_json(rows))
+    loaded = json.loads(rendering.to_json(rows))
     assert loaded[1]["difference"]["points"] == {"mean": pytest.approx(4), "std": pytest.approx(2), "seeds": 3}
     assert loaded[0]["difference"] is None
 

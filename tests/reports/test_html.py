@@ -12,7 +12,7 @@ from support.comparisons import made_run
 
 from fedjax_qp.cli import main
 from fedjax_qp.experiment import defaults
-from fedjax_qp.reports import compare
+from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports.html import run_page, run_warnings, write_report
 from fedjax_qp.runs.records import FILE
 from fedjax_qp.watch import Watch
@@ -104,7 +104,7 @@ def test_the_comparison_holds_the_table_with_paired_differences(tmp_path):
     ]
     page = written(folders, tmp_path / "elsewhere" / "page.html", last=1, baseline="plain", target=0.6)
     rows = compare.summary(compare.load_runs(folders), last=1, baseline="plain", target=0.6)
-    headings, cells = compare.grid(rows)
+    headings, cells = rendering.grid(rows)
     for text in [*headings, *cells[1]]:
         assert text in page.text
     assert "+3.00 ± 0.00" in page.text and "minus plain (points)" in page.text
