@@ -3,7 +3,7 @@
     python benchmarks/sweep_together.py                  # 16 settings × 3 seeds on MNIST-5k
     python benchmarks/sweep_together.py rounds=20 --alone 4      # alone only 4 of the settings, each with its three seeds
 
-FedQP with four learning rates and four α, three seeds each: 48 runs, first in one program (`together.run_together`, what
+FedQP with four learning rates and four α, three seeds each: 48 runs, first in one program (`runs.together.run_together`, what
 `fedjax-qp sweep` does with them on one worker), then one after another (`run.run`, each in the same process, so that imports
 and reading count for nobody). Both begin with an empty cache of programs and fill it. The lanes of the shared program are
 measured in its time; those of the runs alone are measured once beforehand, for nothing. Writes one row: wall seconds and

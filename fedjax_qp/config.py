@@ -102,7 +102,7 @@ class Engine:
     @property
     def lane_devices(self) -> int:
         """Devices among which the lanes are split, once that is settled."""
-        assert self.devices != "auto", "devices.settle and lanes.choose_layout leave no auto"
+        assert self.devices != "auto", "devices.settle and autotune.choose_layout leave no auto"
         return self.devices
 
 

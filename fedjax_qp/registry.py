@@ -2,7 +2,7 @@
 
 A part is a function whose keyword-only arguments are its options. The signature is the single place where an option, its
 type and its default are written; configuration files, error messages and `fedjax-qp list` all read it from there. Its `float`
-means a finite number and its `int` one of sane size, see `values`.
+means a finite number and its `int` one of sane size, see `settings.values`.
 """
 
 import difflib

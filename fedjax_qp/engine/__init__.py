@@ -9,8 +9,8 @@ Several runs of one method may share a program: a lane then trains a client of a
 over the runs, and uploads are summed by run (`make_shared_engine`). A run alone is the case of one.
 
 Several devices split the lanes; everything else is replicated (the training examples only unless they stay on the host, see
-`examples`), and the devices meet in one sum at the end of a round. Each
-group of lanes may have several devices that share the frozen weights (see `layout`).
+`host_data`), and the devices meet in one sum at the end of a round. Each group of lanes may have several devices that share
+the frozen weights (see `mesh`).
 """
 
 from fedjax_qp.engine.chunk import Method, Runs

@@ -34,7 +34,7 @@ def start_engine(experiment: Experiment) -> Engine:
 
 
 def start_shared_engine(experiments: Sequence[Experiment]) -> Engine:
-    """One engine for several experiments that differ in nothing but what `together.groups` allows, or for one alone."""
+    """One engine for several experiments that differ in nothing but what `runs.together.groups` allows, or for one alone."""
     if len(experiments) == 1:
         return start_engine(experiments[0])
     first, engine = experiments[0], experiments[0].config.engine

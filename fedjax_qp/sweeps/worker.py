@@ -87,7 +87,7 @@ def mark_failed(task: Task, reason: str) -> None:
 
 def _run(task: Task, console: Console) -> None:
     folder = Path(task.folder)
-    if len(task.runs) == 1:  # one of several has its place in their program to the end, see `together`
+    if len(task.runs) == 1:  # one of several has its place in their program to the end, see `runs.together`
         _end_given_up(folder, task.runs[0])
     runs = unfinished(folder, task.runs)
     if not runs:

@@ -54,7 +54,7 @@ def begin(case: str, method, runs: int):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_float_option_may_be_an_array(case):
-    """So that `together.groups` may take it for granted of any registered method."""
+    """So that `runs.together.groups` may take it for granted of any registered method."""
     method, floats = method_of(case)
     federation = federation_of(case)
     runs = Runs(

