@@ -236,7 +236,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     file = Path(os.path.expanduser(presets.located(path)))
     if not os.path.isfile(file):  # unlike Path.is_file it also takes what can be no path
         folder = next((place for place in (file, file.parent) if os.path.isdir(place)), Path("configs"))
-        near = sorted(str(other) for other in folder.glob("[!.]*.yaml"))
+        near = sorted(str(other) for other in folder.glob("[!.]*.yaml")) or [f"@{name}" for name in presets.names()]
         raise unknown_name("configuration file", str(path), near)
     values = strict.load_yaml(strict.read_text(file), str(path))
     if not isinstance(values, dict):

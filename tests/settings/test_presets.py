@@ -34,6 +34,12 @@ def test_an_unknown_preset_is_an_error_that_names_the_nearest():
         config.load("@mnist")
 
 
+def test_a_preset_without_its_at_is_meant_where_no_file_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigurationError, match="unknown configuration file 'mnist5k': did you mean @mnist5k"):
+        config.load("mnist5k")
+
+
 @pytest.mark.parametrize("source", INCLUDED)
 def test_what_a_wheel_carries_names_no_path_of_ours(source):
     """They run as they stand: no part of theirs reads a file that a user would have to bring."""
