@@ -75,7 +75,9 @@ def _explained(entry: Entry) -> str:
     part = KINDS[entry.registry].part
     needed = ", ".join(f"{option}=…" for option, default in entry.options.items() if default is None)
     call = _ARGUMENTS[part].format(f"fq.{entry.name}({needed})", name=entry.name)
-    return f"{entry.text}\n\nOptions: {', '.join(entry.shown_options()) or 'none'}\n\nExample:\n  fq.run(…, {call})\n"
+    return (
+        f"{entry.text}\n\nOptions: {', '.join(entry.shown_options()) or 'none'}\n\nExamples:\n  >>> fq.run(…, {call})\n"
+    )
 
 
 def _value(default: str | None) -> Any:
@@ -104,20 +106,14 @@ class Arrays(NamedTuple):
     They are written to a file beside the runs, so that these can be continued and inspected: `data=fq.arrays(path=FILE)`
     means the same.
 
-    Args:
-      train: inputs (uint8 [N, H, W] or [N, H, W, C]) and labels (integers [N]).
-      test: likewise.
-      client_ids: whose each training example is (integers or strings [N]), for `partition=fq.natural()`.
-      class_names: strings, one a class.
-
-    Example:
-      fq.run(data=fq.Arrays(train=(x, y), test=(x_test, y_test)), partition=fq.iid(clients=10), …)
+    Examples:
+      >>> fq.run(data=fq.Arrays(train=(x, y), test=(x_test, y_test)), partition=fq.iid(clients=10), …)
     """
 
-    train: "tuple[np.ndarray, np.ndarray]"
+    train: "tuple[np.ndarray, np.ndarray]"  # inputs, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N]
     test: "tuple[np.ndarray, np.ndarray]"
-    client_ids: "np.ndarray | None" = None
-    class_names: "np.ndarray | None" = None
+    client_ids: "np.ndarray | None" = None  # whose each training example is, for partition=fq.natural()
+    class_names: "np.ndarray | None" = None  # strings, one a class
 
     def write(self, folder: Path) -> Part:
         """Writes the arrays into a folder under a name that their content gives; returns the data source of that file."""

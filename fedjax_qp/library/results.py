@@ -27,9 +27,9 @@ class Runs:
 
     Their records are in memory; checkpoints and all else lie in their folders, see `fq.run` for whose these are.
 
-    Example:
-      runs = fq.load("runs/mine-seed*")
-      runs.frame().groupby("method")["test_accuracy"].max()
+    Examples:
+      >>> runs = fq.load("runs/mine-seed*")
+      >>> runs.frame().groupby("method")["test_accuracy"].max()
     """
 
     def __init__(self, folders: Sequence[Path]):
@@ -52,8 +52,8 @@ class Runs:
           Columns `method`, `seed`, `round` and every number of the records under its own name, inner ones as
           "client_accuracy/q10"; NaN where a round has none (no evaluation) or it is not finite.
 
-        Example:
-          runs.frame().pivot(index="round", columns=["method", "seed"], values="test_accuracy")
+        Examples:
+          >>> runs.frame().pivot(index="round", columns=["method", "seed"], values="test_accuracy")
         """
         import pandas as pd
 
@@ -72,8 +72,8 @@ class Runs:
         Raises:
           ConfigurationError: no client has tests of its own.
 
-        Example:
-          runs.clients().query("view == 'aggregated'").groupby("client")["accuracy"].last()
+        Examples:
+          >>> runs.clients().query("view == 'aggregated'").groupby("client")["accuracy"].last()
         """
         import pandas as pd
 
@@ -107,8 +107,8 @@ class Runs:
         Raises:
           ConfigurationError: no method has the baseline's name, or a number is out of range.
 
-        Example:
-          runs.compare(baseline="FedAvg", target=0.9)
+        Examples:
+          >>> runs.compare(baseline="FedAvg", target=0.9)
         """
         rows = comparing.summary(self.runs, last=last, target=target, baseline=baseline)
         personal = personal_summary(self.runs, baseline=baseline) if has_personal(self.runs) else []
@@ -124,8 +124,8 @@ class Runs:
         Raises:
           ConfigurationError: no record has such a number; the nearest are named.
 
-        Example:
-          runs.plot("train_loss", "loss.pdf")
+        Examples:
+          >>> runs.plot("train_loss", "loss.pdf")
         """
         known = {name for _, record in self._records() for name, _ in recorded.scalars(record)}
         if metric not in known:
@@ -151,8 +151,8 @@ class Runs:
         Raises:
           ConfigurationError: it is not one run that is named, or that has no checkpoint or client.
 
-        Example:
-          runs.params("FedQP", seed=0).trainable
+        Examples:
+          >>> runs.params("FedQP", seed=0).trainable
         """
         chosen = [run.folder for label, run in self._labelled() if _is(method, label) and _is(seed, _seed(run))]
         if len(chosen) != 1:
@@ -191,8 +191,8 @@ class Comparison:
 
     `rows` holds the numbers, see `reports.compare.Row`; `personal` those of clients with tests of their own.
 
-    Example:
-      print(runs.compare(baseline="FedAvg"))
+    Examples:
+      >>> print(runs.compare(baseline="FedAvg"))
     """
 
     def __init__(self, rows: list[comparing.Row], personal: list[PersonalRow]):
@@ -205,8 +205,8 @@ class Comparison:
           For each quantity its mean over seeds, and as "…_std" the sample standard deviation; accuracies are shares, 0 to 1.
           `difference` is in percentage points, the method minus the baseline, paired by seed.
 
-        Example:
-          runs.compare(baseline="FedAvg").frame()["difference"]
+        Examples:
+          >>> runs.compare(baseline="FedAvg").frame()["difference"]
         """
         import pandas as pd
 
@@ -215,8 +215,8 @@ class Comparison:
     def markdown(self) -> str:
         """The table with its notes in Markdown.
 
-        Example:
-          Path("table.md").write_text(comparison.markdown())
+        Examples:
+          >>> Path("table.md").write_text(comparison.markdown())
         """
         from fedjax_qp.reports.personal import personal_markdown
 
@@ -242,8 +242,8 @@ def load(*folders: Folders) -> Runs:
     Raises:
       ConfigurationError: there is no run, or a file in it is damaged.
 
-    Example:
-      fq.load("runs/mine-seed*", "runs/other-seed*").compare(baseline="mine")
+    Examples:
+      >>> fq.load("runs/mine-seed*", "runs/other-seed*").compare(baseline="mine")
     """
     return Runs(list(dict.fromkeys(found for folder in folders for found in _run_folders(folder))))
 
@@ -251,8 +251,8 @@ def load(*folders: Folders) -> Runs:
 def compare(*runs: Folders, baseline: str | None = None, last: int = 10, target: float | None = None) -> Comparison:
     """Compares runs, see `Runs.compare`; they may be given as in `fq.load`.
 
-    Example:
-      fq.compare("runs/mine-seed*", "runs/other-seed*", baseline="mine")
+    Examples:
+      >>> fq.compare("runs/mine-seed*", "runs/other-seed*", baseline="mine")
     """
     return load(*runs).compare(baseline, last=last, target=target)
 
@@ -279,8 +279,8 @@ def inspect(
     Raises:
       ConfigurationError: an instrument does not exist or fits none of the runs, or there is no such checkpoint.
 
-    Example:
-      fq.inspect(runs, what=["sharpness"])
+    Examples:
+      >>> fq.inspect(runs, what=["sharpness"])
     """
     import pandas as pd
 

@@ -74,13 +74,13 @@ def run(
     Raises:
       ConfigurationError: a setting is unknown or cannot work; before anything is trained.
 
-    Example:
-      runs = fq.run(
-          data=fq.mnist5k(), partition=fq.dirichlet(clients=20, beta=0.3, minimum=5), model=fq.mlp(),
-          methods={"FedAvg": fq.fedavg(weighting="uniform"), "FedQP": fq.fedqp(form="nearest", alpha=1.0)},
-          local=fq.Local(learning_rate=0.05, momentum=0.0, epochs=1, batch_size=20), rounds=3, seeds=[0, 1],
-      )
-      runs.compare(baseline="FedAvg")
+    Examples:
+      >>> runs = fq.run(
+      ...     data=fq.mnist5k(), partition=fq.dirichlet(clients=20, beta=0.3, minimum=5), model=fq.mlp(),
+      ...     methods={"FedAvg": fq.fedavg(weighting="uniform"), "FedQP": fq.fedqp(form="nearest", alpha=1.0)},
+      ...     local=fq.Local(learning_rate=0.05, momentum=0.0, epochs=1, batch_size=20), rounds=3, seeds=[0, 1],
+      ... )
+      >>> runs.compare(baseline="FedAvg")
     """
     home = Path(tempfile.mkdtemp(prefix="fedjax_qp-")) if folder is None else Path(folder).expanduser()
     try:
@@ -148,9 +148,10 @@ def simulate(
       ConfigurationError: a setting is unknown or cannot work.
       NonFiniteLoss: training left the finite numbers; the message names the round and the clients.
 
-    Example:
-      for chunk in fq.simulate(data=fq.digits(), partition=fq.iid(clients=10), model=fq.mlp(), method=fq.fedavg(), rounds=5):
-          print(chunk.records[-1]["test_accuracy"])
+    Examples:
+      >>> parts = {"data": fq.digits(), "partition": fq.iid(clients=10), "model": fq.mlp()}
+      >>> for chunk in fq.simulate(**parts, method=fq.fedavg(), rounds=5):
+      ...     print(chunk.records[-1]["test_accuracy"])
     """
     config = _config(
         name="simulated",
@@ -183,8 +184,8 @@ def sweep(config: str | Path, *overrides: str) -> Runs:
     Raises:
       ConfigurationError: some trial cannot work; before anything is trained.
 
-    Example:
-      fq.sweep("@sweep_mnist_5k", "workers=2", "rounds=5").frame()
+    Examples:
+      >>> fq.sweep("@sweep_mnist_5k", "workers=2", "rounds=5").frame()
     """
     try:
         from fedjax_qp.sweeps.run import run_sweep
