@@ -18,6 +18,7 @@ from fedjax_qp.settings.values import shown
 _INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _NUMBERS_AND_DATES = (_INT, _FLOAT, "tag:yaml.org,2002:timestamp")
 _OTHER_TYPES = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("binary", "timestamp", "set", "omap", "pairs"))
+_MERGE_TAG = "tag:yaml.org,2002:merge"
 _MERGE = object()  # the key <<
 DEEPEST = 50  # levels of nesting; nothing that this package reads comes near it
 
@@ -125,7 +126,7 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 continue  # no key here: it can be no part of a dict
-            key = _MERGE if key_node.tag == "tag:yaml.org,2002:merge" else self.construct_object(key_node)
+            key = _MERGE if key_node.tag == _MERGE_TAG else self.construct_object(key_node)
             line = key_node.start_mark.line + 1
             if key in lines:
                 remedy = "write <<: [*one, *other]" if key is _MERGE else "keep one of them"
@@ -134,6 +135,31 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             lines[key] = line
         return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts what is merged in (<<) before the mapping's own keys, which override it; of a list the first overrides.
+
+        PyYAML 6.0.4 tells merged keys apart by their identity in memory, so that which value stays is chance.
+        """
+        merges = [value for key, value in node.value if key.tag == _MERGE_TAG]
+        if not merges:
+            return
+        node.value = own = [pair for pair in node.value if pair[0].tag != _MERGE_TAG]  # first: it may merge in itself
+        pairs = [pair for value in merges for pair in self._merged(node, value)] + own
+        node.value = list({self._identity(key): (key, value) for key, value in pairs}.values())
+
+    def _merged(self, node: yaml.MappingNode, value: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+        sources = value.value[::-1] if isinstance(value, yaml.SequenceNode) else [value]
+        for source in sources:
+            if not isinstance(source, yaml.MappingNode):
+                problem = "what is merged in (<<) must be a mapping or a list of mappings"
+                raise yaml.constructor.ConstructorError(None, None, problem, source.start_mark)
+            self.flatten_mapping(source)
+        return [pair for source in sources for pair in source.value]
+
+    @staticmethod
+    def _identity(key: yaml.Node) -> Hashable:
+        return (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
 
 
 _StrictLoader.add_implicit_resolver(

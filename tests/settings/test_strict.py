@@ -47,6 +47,15 @@ def test_yaml_values_and_merges_are_read() -> None:
     [
         ("a: &a {x: 1}\nb: {c: &b {<<: *a, x: 2}}\nd: {<<: *b}", {"a": {"x": 1}, "b": {"c": {"x": 2}}, "d": {"x": 2}}),
         ("a: &a {x: 1}\nb: &b {y: 2}\nc: {<<: [*a, *b], y: 3}", {"a": {"x": 1}, "b": {"y": 2}, "c": {"x": 1, "y": 3}}),
+        (
+            "a: &a {rate: 1}\nb: &b {rate: 2}\nc: &c {<<: [*a, *b]}\nd: {<<: *c}",
+            {"a": {"rate": 1}, "b": {"rate": 2}, "c": {"rate": 1}, "d": {"rate": 1}},
+        ),
+        (
+            "a: &a {rate: 1, steps: 5}\nb: &b {<<: *a, rate: 2}\nc: {<<: [*b, *a], steps: 6}",
+            {"a": {"rate": 1, "steps": 5}, "b": {"rate": 2, "steps": 5}, "c": {"rate": 2, "steps": 6}},
+        ),
+        ("a: &a {<<: *a, x: 1}", {"a": {"x": 1}}),
         ("'<<': 1\na: &a {x: 1}\n<<: *a", {"<<": 1, "a": {"x": 1}, "x": 1}),
     ],
 )
