@@ -21,7 +21,7 @@ from statistics import median
 
 from measure import write_rows
 
-from fedjax_qp.runs.records import FILE
+from fedjax_qp.runs.record_file import FILE
 from fedjax_qp.runs.startup import FILE as STARTUP
 
 SHORT_ROUNDS = ["engine.rounds_per_chunk=1", "local.epochs=1", "local.maximum_steps=2"]

@@ -19,7 +19,7 @@ from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_file
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.provenance import provenance
 from fedjax_qp.streams import Stream, generator
@@ -81,7 +81,9 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     experiment = build(_on_one_device(config), like.experiment if like is not None else None)
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
-    return InspectedRun(folder, experiment, kept, records.read(folder), make_replay(experiment), _fedmut(experiment))
+    return InspectedRun(
+        folder, experiment, kept, record_file.read(folder), make_replay(experiment), _fedmut(experiment)
+    )
 
 
 def load(run: InspectedRun, round: int | None, settings: Settings) -> Subject:

@@ -10,7 +10,7 @@ import rich.progress
 from rich.console import Console
 
 from fedjax_qp.config import Config
-from fedjax_qp.runs.records import headline
+from fedjax_qp.runs.record_numbers import headline
 
 
 class Progress:

@@ -10,7 +10,7 @@ from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.reports import compare as comparing
 from fedjax_qp.reports import rendering
 from fedjax_qp.reports.personal import VIEWS, PersonalRow, has_personal, personal_grid, personal_summary, quantity
-from fedjax_qp.runs import records as recorded
+from fedjax_qp.runs import record_file, record_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,10 @@ class Runs:
         import pandas as pd
 
         return pd.DataFrame(
-            [{**head, "round": record["round"], **dict(recorded.scalars(record))} for head, record in self._records()]
+            [
+                {**head, "round": record["round"], **dict(record_numbers.scalars(record))}
+                for head, record in self._records()
+            ]
         )
 
     def clients(self) -> "pd.DataFrame":
@@ -127,7 +130,7 @@ class Runs:
         Examples:
           >>> runs.plot("train_loss", "loss.pdf")
         """
-        known = {name for _, record in self._records() for name, _ in recorded.scalars(record)}
+        known = {name for _, record in self._records() for name, _ in record_numbers.scalars(record)}
         if metric not in known:
             raise unknown_name("metric", metric, known)
         from fedjax_qp.reports.plots import plot_metric, save
@@ -306,11 +309,11 @@ def _run_folders(given: Folders) -> list[Path]:
         file.parent
         for place in matching
         for file in (
-            [place / recorded.FILE] if (place / recorded.FILE).exists() else sorted(place.rglob(recorded.FILE))
+            [place / record_file.FILE] if (place / record_file.FILE).exists() else sorted(place.rglob(record_file.FILE))
         )
     ]
     if not found:
-        raise ConfigurationError(f"{given} is no run folder and holds none: give folders with a {recorded.FILE}.")
+        raise ConfigurationError(f"{given} is no run folder and holds none: give folders with a {record_file.FILE}.")
     return found
 
 

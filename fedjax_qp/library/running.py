@@ -18,7 +18,7 @@ from fedjax_qp.library.parts import Arrays
 from fedjax_qp.library.progress import Progress
 from fedjax_qp.library.results import Runs, load
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.records import FILE, read
+from fedjax_qp.runs.record_file import FILE, read
 from fedjax_qp.settings.values import shown
 
 if TYPE_CHECKING:

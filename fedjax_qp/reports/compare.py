@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 
 from fedjax_qp import config as configuration
 from fedjax_qp.registry import ConfigurationError, unknown_name
-from fedjax_qp.runs import records as recorded
-from fedjax_qp.runs import watched
-from fedjax_qp.runs.records import ENDED, FAILURE
+from fedjax_qp.runs import record_file, record_numbers, watched
+from fedjax_qp.runs.record_file import ENDED, FAILURE
 from fedjax_qp.settings import strict
 from fedjax_qp.settings.values import shown
 from fedjax_qp.watch import Watch
@@ -98,7 +97,7 @@ def load_runs(folders: Iterable[Path]) -> list[Run]:
     """
     runs = []
     for folder in map(Path, folders):
-        records = recorded.read(folder)
+        records = record_file.read(folder)
         runs.append(Run(folder, _settings_file(folder), records, watched=watched.read(folder)))
     if not runs:
         raise ConfigurationError("nothing to compare: give one or more run folders.")
@@ -231,7 +230,7 @@ def _mean(values: list[float]) -> float | None:
 
 def series(run: Run, name: str) -> list[float]:
     """All values of a recorded number, NaN where it was measured and is not finite."""
-    found = [recorded.value(record, name) for record in run.records]
+    found = [record_numbers.value(record, name) for record in run.records]
     return [value for value in found if value is not None]
 
 
@@ -290,7 +289,9 @@ def _watched_means(method: Method) -> dict[str, Spread | None]:
 
 
 def _remarks(method: Method) -> list[str]:
-    found = [f"seed {_seed(run)}: {said}" for run in method.runs if (said := recorded.nonfinite_tests(run.records))]
+    found = [
+        f"seed {_seed(run)}: {said}" for run in method.runs if (said := record_numbers.nonfinite_tests(run.records))
+    ]
     for rounds, seeds in _by_value(method, lambda run: run.done if (run.done or 0) > run.config["rounds"] else None):
         common = method.runs[0].config["rounds"]
         found.append(
@@ -320,7 +321,7 @@ def _every(run: Run) -> int | None:
 
 def incomplete(run: Run) -> str | None:
     """What a run's records lack up to where it has come; None where they are complete."""
-    found = recorded.missing(run.folder, run.records) if run.done is None else None
+    found = record_file.missing(run.folder, run.records) if run.done is None else None
     return None if found is None else f"has records with {found}"
 
 
@@ -345,7 +346,7 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def _reached(method: Method, target: float) -> Reached:
-    rounds = [recorded.rounds_to_reach(run.records, target) for run in method.runs]
+    rounds = [record_numbers.rounds_to_reach(run.records, target) for run in method.runs]
     median = statistics.median([float("inf") if value is None else value for value in rounds])
     return Reached(
         target, None if median == float("inf") else float(median), sum(value is not None for value in rounds)

@@ -28,10 +28,9 @@ from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports.compare import Run
 from fedjax_qp.reports.personal import has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.reports.plots import plot_comparison, plot_run
-from fedjax_qp.runs import records as recorded
-from fedjax_qp.runs import watched
+from fedjax_qp.runs import record_numbers, watched
 from fedjax_qp.runs.folder import SHARED, TIMES
-from fedjax_qp.runs.records import ENDED, FAILURE
+from fedjax_qp.runs.record_file import ENDED, FAILURE
 from fedjax_qp.settings import strict
 
 _FALLEN = 0.05  # of accuracy below the best: worth a warning
@@ -196,7 +195,7 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
         found.append(f"Unfinished: {_done(run)} of {run.config['rounds']} rounds.")
     if (lack := compare.incomplete(run)) is not None:
         found.append(f"Incomplete: the run {lack}.")
-    if (broken := recorded.nonfinite_tests(lines)) is not None:
+    if (broken := record_numbers.nonfinite_tests(lines)) is not None:
         found.append(f"{broken[0].upper()}{broken[1:]}")
     advice = [said for watch in run.watched if (said := watched.warning(watch, lines)) is not None]
     found += [f"{said[0].upper()}{said[1:]}" for said in advice]
@@ -218,7 +217,7 @@ def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[st
 
 def _with_rounds(run: Run, name: str) -> list[tuple[float, int]]:
     """The finite values of a recorded number, each with its round."""
-    found = [(recorded.value(line, name), line["round"]) for line in run.records]
+    found = [(record_numbers.value(line, name), line["round"]) for line in run.records]
     return [(value, at) for value, at in found if value is not None and math.isfinite(value)]
 
 
@@ -298,7 +297,7 @@ def _final(lines: list[dict]) -> list[tuple[str, str, str]]:
     """The last value of every number that was recorded."""
     last: dict[str, tuple[float, int]] = {}
     for line in lines:
-        last |= {name: (value, line["round"]) for name, value in recorded.scalars(line)}
+        last |= {name: (value, line["round"]) for name, value in record_numbers.scalars(line)}
     return [(name, f"{value:.6g}", str(at)) for name, (value, at) in sorted(last.items())]
 
 

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from fedjax_qp.reports.compare import Method, Run, methods
-from fedjax_qp.runs import records as recorded
+from fedjax_qp.runs import record_numbers
 from fedjax_qp.watch import Watch
 
 # Okabe and Ito's palette, which stays distinct for colour-blind readers; grey replaces its yellow, faint on white.
@@ -81,7 +81,7 @@ def plot_run(records: list[dict], path: str | Path, *, title: str = "", watched:
     """Draws one run: accuracy (of language models perplexity), losses, and what the method wants seen.
 
     Args:
-      records: from `records.read` or `records.chunk_records`.
+      records: of a run, see `runs.records`.
       path: image file; its ending chooses the format (.png, .pdf, .svg).
       title: above all panels.
       watched: what its method wants seen, from `watched.read`.
@@ -141,7 +141,7 @@ def _draw_perplexities(axes: Axes, records: list[dict]) -> None:
 
 def _draw_views(axes: Axes, records: list[dict], quantity: str, scale: float) -> None:
     """The clients' own models on their own tests, where there are any."""
-    aggregated, tuned = (f"{view}/{quantity}/mean" for view in recorded.VIEWS)
+    aggregated, tuned = (f"{view}/{quantity}/mean" for view in record_numbers.VIEWS)
     _draw_line(axes, records, aggregated, 2, "mean over clients' own tests, aggregated", scale)
     both = [np.stack(_series(records, view, gaps=True)) for view in (aggregated, tuned)]
     if not np.array_equal(*both, equal_nan=True):
@@ -179,7 +179,7 @@ def _series(
     records: list[dict], key: str, *, gaps: bool = False
 ) -> tuple[Int[np.ndarray, "R"], Float[np.ndarray, "R"]]:
     """Rounds in which `key` was recorded as a finite number, and its values there; with `gaps` also NaN where it was not."""
-    found = [(record["round"], recorded.value(record, key)) for record in records]
+    found = [(record["round"], record_numbers.value(record, key)) for record in records]
     present = [(at, value) for at, value in found if value is not None and (gaps or math.isfinite(value))]
     rounds, values = zip(*present, strict=True) if present else ((), ())
     return np.array(rounds, int), np.array(values, float)

@@ -18,12 +18,12 @@ from fedjax_qp.experiment import Experiment
 from fedjax_qp.files import lock_folder, read_mark, remove_partial, write_json, writing
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports.plots import plot_run
-from fedjax_qp.runs import processes, records, watched
+from fedjax_qp.runs import processes, record_file, record_numbers, watched
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.loop import Chunk, NonFiniteLoss
 from fedjax_qp.runs.provenance import Provenance
-from fedjax_qp.runs.records import ENDED, FAILURE, Recorder
+from fedjax_qp.runs.record_file import ENDED, FAILURE, Recorder
 from fedjax_qp.runs.trackers import Trackers
 
 SHARED = "together.json"  # in the folder of a run that shares its program: how
@@ -81,15 +81,15 @@ def restorable(folder: Path, checkpoints: Checkpoints) -> list[int]:
     Raises:
       ConfigurationError: the run has checkpoints, but its records do not reach to any of them; or the other way about.
     """
-    lines = records.read(folder) if (folder / records.FILE).exists() else []
+    lines = record_file.read(folder) if (folder / record_file.FILE).exists() else []
     stored = checkpoints.rounds()[::-1]
     covered = [
-        round for round in stored if records.gap([line for line in lines if line["round"] <= round], round) is None
+        round for round in stored if record_file.gap([line for line in lines if line["round"] <= round], round) is None
     ]
     if stored and not covered:
-        lost = records.gap([line for line in lines if line["round"] <= stored[0]], stored[0])
+        lost = record_file.gap([line for line in lines if line["round"] <= stored[0]], stored[0])
         raise ConfigurationError(
-            f"{folder / records.FILE} is not complete ({lost}): restore the file from a backup, or delete {folder} to "
+            f"{folder / record_file.FILE} is not complete ({lost}): restore the file from a backup, or delete {folder} to "
             "compute every round again."
         )
     # The first checkpoint may still be under way when the second is due, and no later; the last one comes after the mark of
@@ -136,7 +136,7 @@ class OpenRun:
         self.config, self.folder, self.done = config, folder, done
         self._writes = processes.first()
         with processes.in_common():  # before the first process cuts the records off
-            self.history = [line for line in records.read(self.folder) if line["round"] <= done] if done else []
+            self.history = [line for line in record_file.read(self.folder) if line["round"] <= done] if done else []
         finished = "finished" if done >= config.rounds else None
         self.reason = stop_reason(self.history, self.config.evaluation) or finished  # an ended run stays ended
         with processes.in_common():
@@ -212,7 +212,9 @@ class OpenRun:
 
     def _headlines(self) -> list[tuple[int, str, float]]:
         """Of each evaluation that gave a finite number its round, the number's name, and the number."""
-        found = [(line["round"], *named) for line in self.history if (named := records.headline(line)) is not None]
+        found = [
+            (line["round"], *named) for line in self.history if (named := record_numbers.headline(line)) is not None
+        ]
         return [(round, name, value) for round, name, value in found if isinstance(value, numbers.Real)]
 
     def say_end(self, console: Console) -> None:
@@ -223,11 +225,11 @@ class OpenRun:
             best = (min if name == "perplexity" else max)(found, key=lambda one: one[2])
             said += f": {name} {last:.4f}, best {best[2]:.4f} in round {best[0]}"
         console.print(said, highlight=False, markup=False)
-        if (broken := records.nonfinite_tests(self.history)) is not None:
+        if (broken := record_numbers.nonfinite_tests(self.history)) is not None:
             console.print(f"warning: {broken}", markup=False, highlight=False)
         target = self.config.evaluation.target_accuracy
         if target is not None:
-            reached = records.rounds_to_reach(self.history, target)
+            reached = record_numbers.rounds_to_reach(self.history, target)
             console.print(f"rounds to reach {target:.4f}: {'not reached' if reached is None else reached}")
         if self.reason == "interrupted":
             console.print(f"continue with: fedjax-qp resume {self.folder}", markup=False)
@@ -254,7 +256,7 @@ class OpenRun:
 def stop_reason(history: list[dict], settings: Evaluation) -> str | None:
     """Why a run with these records goes no further, by its own settings; None while it does."""
     target = settings.target_accuracy
-    if settings.stop_at_target and target is not None and records.rounds_to_reach(history, target) is not None:
+    if settings.stop_at_target and target is not None and record_numbers.rounds_to_reach(history, target) is not None:
         return "target reached"
     accuracies = [line["test_accuracy"] for line in history if line.get("test_accuracy") is not None]
     if settings.patience is not None and len(accuracies) > settings.patience:

@@ -21,37 +21,19 @@ and the quantiles that touch it are null too, and the view names these clients u
 test examples are left out. Nothing depends on the clock: two runs that compute the same bits write the same bytes.
 """
 
-import contextlib
-import json
-import math
-import os
-from collections import Counter
-from collections.abc import Iterable, Sequence, Set
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from fedjax_qp.files import write_whole, writing
-from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.settings.strict import load_json
-from fedjax_qp.settings.values import shown
+from fedjax_qp.runs.record_numbers import VIEWS
 
-if TYPE_CHECKING:  # comparing needs no JAX
+if TYPE_CHECKING:  # the arithmetic of means needs no JAX
     from fedjax_qp.engine.plan import Plan
 
-FILE = "records.jsonl"
-# Beside it, once a run goes no further:
-FAILURE = "failure.json"  # it diverged
-ENDED = "ended.json"  # why, and after which round
-VIEWS = ("personal", "tuned")
 COUNTED = "client/counted"  # how many examples a client's losses are means over: their weight, and no entry of its own
-_TEST_NUMBERS = ("test_loss", "test_accuracy")
 _QUANTILES = {"q05": 0.05, "q10": 0.10, "q25": 0.25, "q50": 0.50, "q75": 0.75, "q90": 0.90, "q95": 0.95}
-
-# --- from metrics to records ------------------------------------------------------------------------------------------
 
 
 def chunk_records(
@@ -107,39 +89,6 @@ def nonfinite_clients(metrics: dict[str, np.ndarray], plan: "Plan", first_round:
             broken = reporting
         if broken.any():
             return first_round + index + 1, [int(client) for client in plan.cohorts.clients[index][broken]]
-    return None
-
-
-def nonfinite_tests(records: Iterable[dict]) -> str | None:
-    """One sentence that names the tests whose loss was not finite, or None. Accuracies look healthy beside such a loss."""
-    found: dict[str, list[int]] = {}
-    for record in records:
-        loss = value(record, "test_loss")
-        kinds = ["the common test set"] if loss is not None and math.isnan(loss) else []
-        for view in VIEWS:
-            clients = record.get(view, {}).get("nonfinite", [])
-            kinds += (
-                [f"the {view} model of client{'s' if len(clients) > 1 else ''} {_listed(clients)}"] if clients else []
-            )
-        for kind in kinds:
-            found.setdefault(kind, []).append(record["round"])
-    if not found:
-        return None
-    parts = [f"{kind} (round{'s' if len(rounds) > 1 else ''} {_listed(rounds)})" for kind, rounds in found.items()]
-    return f"a test loss is not finite, or too large for a perplexity: {'; '.join(parts)}. Means over it are null."
-
-
-def _listed(numbers: list[int], most: int = 5) -> str:
-    shown = ", ".join(map(str, numbers[:most]))
-    return shown if len(numbers) <= most else f"{shown} and {len(numbers) - most} more"
-
-
-def rounds_to_reach(records: Iterable[dict], accuracy: float) -> int | None:
-    """The first round whose test accuracy is at least `accuracy` (0 to 1), or None."""
-    for record in records:
-        value = record.get("test_accuracy")
-        if value is not None and value >= accuracy:
-            return record["round"]
     return None
 
 
@@ -249,213 +198,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-class Recorder:
-    """Appends records to `folder/records.jsonl`.
-
-    A chunk's records are on the disk when `write` returns, so a checkpoint that is saved afterwards never runs ahead of
-    them. What a killed run wrote beyond its last checkpoint is dropped on resuming.
-    """
-
-    def __init__(self, folder: Path, *, resume_round: int | None = None):
-        """Opens the file; a context manager closes it.
-
-        Args:
-          folder: the run folder, which exists.
-          resume_round: rounds that the checkpoint has finished. Records up to it are kept, all later ones are dropped;
-            None starts afresh, which drops every earlier record.
-
-        Raises:
-          ConfigurationError: the file cannot be written, or a line before the last is damaged.
-        """
-        kept = resume_round or 0
-        self._path = Path(folder) / FILE
-        lines = _parsed(self._path) if kept and self._path.exists() else []
-        write_whole(self._path, "".join(_line(record) for record in lines if record["round"] <= kept))
-        with writing(self._path):
-            self._file = self._path.open("a", encoding="utf-8")
-
-    def write(self, records: list[dict]) -> None:
-        """Appends the records of one chunk and waits until the disk has them.
-
-        Raises:
-          ConfigurationError: the disk is full.
-        """
-        with writing(self._path):
-            self._file.write("".join(_line(record) for record in records))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Closes the file; a second call does nothing."""
-        with contextlib.suppress(OSError):  # what a full disk did not take has been reported
-            self._file.close()
-
-    def __enter__(self) -> "Recorder":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def read(folder: Path) -> list[dict]:
-    """Reads the records of a run; a last line that was cut off when the run was killed is left out.
-
-    Raises:
-      ConfigurationError: the folder is missing, holds no records, or a line is damaged.
-    """
-    path = Path(folder) / FILE
-    if not path.parent.is_dir():
-        raise ConfigurationError(f"{folder} is not a run folder: there is no such folder.")
-    if not path.is_file():
-        raise ConfigurationError(f"{folder} is not a run folder: it has no {FILE}. Give the folder of one run.")
-    return _parsed(path)
-
-
-def gap(records: Sequence[dict], finished: int | None = None) -> str | None:
-    """Says where records are not one for each of the rounds 1 … `finished`, in order; None where they are.
-
-    Args:
-      finished: rounds that must be there; default up to the largest that is.
-    """
-    rounds = [record["round"] for record in records]
-    finished = max(rounds, default=0) if finished is None else finished
-    if rounds == list(range(1, finished + 1)):
-        return None
-    missing = sorted(set(range(1, finished + 1)) - set(rounds))
-    if missing:
-        return f"{_named_rounds(missing)} of {finished} missing"
-    again = next((round for round, count in Counter(rounds).items() if count > 1), None)
-    if again is not None:
-        return f"round {again} stands there {rounds.count(again)} times"
-    return "the rounds stand in another order"
-
-
-def missing(folder: Path, records: Sequence[dict]) -> str | None:
-    """Says what a run's folder should hold of records and does not; None where they are complete.
-
-    They are on the disk before a checkpoint is saved, so they reach at least as far as its newest one.
-    """
-    checkpoints = Path(folder) / "checkpoints"
-    saved = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    rounds = [int(name) for name in saved if name.isdecimal()]
-    return gap(records, max([*rounds, *(record["round"] for record in records)], default=0))
-
-
-def headline(record: dict) -> tuple[str, float | None] | None:
-    """The number that a record is judged by, with its name; None before an evaluation.
-
-    Language models are judged by their clients' mean perplexity, of which less is better, all others by accuracy.
-    """
-    personal = record.get("personal")
-    if personal is not None and "perplexity" in personal and len(record.get("class_accuracy") or ()) < 2:
-        return "perplexity", personal["perplexity"].get("mean")
-    return ("accuracy", record["test_accuracy"]) if "test_accuracy" in record else None
-
-
-def _named_rounds(rounds: list[int]) -> str:
-    """The first stretch of some rounds, and how many there are besides."""
-    last = next((round for place, round in enumerate(rounds) if round - rounds[0] != place), None)
-    stretch = rounds if last is None else rounds[: rounds.index(last)]
-    name = f"round {stretch[0]}" if len(stretch) == 1 else f"rounds {stretch[0]} to {stretch[-1]}"
-    more = len(rounds) - len(stretch)
-    return name + (f" and {more} more" if more else "")
-
-
-def _parsed(path: Path) -> list[dict]:
-    """The records in a file. Bytes are split before decoding: a torn line may end inside a character."""
-    *lines, torn = path.read_bytes().split(b"\n")
-    records = [_checked(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
-    with contextlib.suppress(ConfigurationError):  # a kill left it so
-        records.append(_checked(torn, str(path)))
-    return records
-
-
-def _checked(line: bytes, where: str) -> dict:
-    """One record; `where` it stands, for the message."""
-    try:
-        record, problem = load_json(line, where), None
-    except ConfigurationError:
-        record, problem = {}, "not plain JSON"
-    problem = problem or _problem(record)
-    if problem is not None:
-        raise ConfigurationError(f"{where} is not a record ({problem}): restore the file or remove the line.")
-    return record
-
-
-def _problem(record: Any) -> str | None:
-    """What keeps a JSON value from being a record."""
-    if not isinstance(record, dict) or "round" not in record:
-        return "not a mapping with a round"
-    round = record["round"]
-    if type(round) is not int or round < 1:
-        return f"round = {shown(round)} is not a whole number from 1"
-    for name, value in record.items():
-        whole, grouped = name in ("train_loss", *_TEST_NUMBERS), name in ("client_accuracy", *VIEWS)
-        fits = isinstance(value, dict) if grouped else not (whole and isinstance(value, dict | list))
-        if not fits or not _numeric(value):
-            return f"{shown(name)} is {'not a mapping' if grouped else 'not a number'}"
-    return None
-
-
-def _numeric(value: Any) -> bool:
-    """Whether a value consists of numbers and nulls."""
-    if isinstance(value, dict | list):
-        return all(map(_numeric, value.values() if isinstance(value, dict) else value))
-    return value is None or type(value) in (int, float)
-
-
-def _line(record: dict) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def value(record: dict, name: str) -> float | None:
-    """A number of a record by its name, an inner one as "personal/perplexity/mean".
-
-    Returns:
-      NaN where what was measured is not finite, which a record holds as null; None where nothing was measured.
-    """
-    outer, _, inner = name.partition("/")
-    if name in record:
-        found = record[name]
-    elif inner and isinstance(record.get(outer), dict):
-        found = {outer: record[outer]}
-        for part in name.split("/"):
-            if not isinstance(found, dict) or part not in found:
-                return None
-            found = found[part]
-    else:
-        return None
-    if found is None and _was_measured(record, name):
-        return float("nan")
-    return float(found) if isinstance(found, int | float) else None
-
-
-def _was_measured(record: dict, name: str) -> bool:
-    """Whether a null stands for a number that is not finite."""
-    outer, inner = name.partition("/")[::2]
-    if outer in VIEWS:  # no client with tests may have taken part, or all of them: then there is no accuracy either
-        finite = record[outer].get("accuracy")
-        group = "unseen" if inner.endswith("/unseen") else "mean"
-        there = finite.get(group) is not None if isinstance(finite, dict) else group == "mean"
-        return there and "nonfinite" in record[outer]
-    if name == "train_loss" or outer == "client":
-        return record.get("reporting", 1) > 0
-    return outer != "client_accuracy" and (outer != "test_loss" or record.get("test_accuracy") is not None)
-
-
-def scalars(record: dict) -> list[tuple[str, float]]:
-    """The numbers of a record, those of nested dicts as "outer/inner"; lists and nulls are left out."""
-    found = []
-    for name, value in record.items():
-        if isinstance(value, dict):
-            found += [(f"{name}/{inner}", number) for inner, number in scalars(value)]
-        elif isinstance(value, int | float) and name != "round":
-            found.append((name, float(value)))
-    return found

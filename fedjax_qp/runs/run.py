@@ -29,7 +29,7 @@ from fedjax_qp.data import print_table, summary
 from fedjax_qp.experiment import Experiment, advice, build, first_state, resolve, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import processes, records, watched
+from fedjax_qp.runs import processes, record_file, watched
 from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.folder import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
@@ -176,12 +176,12 @@ def newest_state(experiment: Experiment, folder: Path, console: Console) -> Fede
             if back and processes.first():
                 checkpoints.discard_after(int(covered[0]))
     if state is None:
-        recorded = len(records.read(folder)) if (folder / records.FILE).exists() else 0
+        recorded = len(record_file.read(folder)) if (folder / record_file.FILE).exists() else 0
         again = f"; the {recorded} recorded rounds are computed again" if recorded else ""
         console.print(f"no checkpoint yet: starting from round 1{again}")
         return like
     if back:
-        console.print(f"{records.FILE} is not complete: going back to round {covered[0]}, up to which it is")
+        console.print(f"{record_file.FILE} is not complete: going back to round {covered[0]}, up to which it is")
     return state
 
 
@@ -224,7 +224,7 @@ def _check_changes(changed: list[str]) -> None:
 
 
 def _check_rounds(config: Config, folder: Path) -> None:
-    lines = records.read(folder) if (folder / records.FILE).exists() else []
+    lines = record_file.read(folder) if (folder / record_file.FILE).exists() else []
     if lines and config.rounds < lines[-1]["round"]:
         raise ConfigurationError(
             f"rounds = {config.rounds} is less than the {lines[-1]['round']} that are in {folder}: choose at least those."

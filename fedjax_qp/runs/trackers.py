@@ -34,7 +34,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.config import Config
 from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records as recorded
+from fedjax_qp.runs import record_numbers
 
 FILE = "tracking.json"
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # by setting; TensorBoard's is always installed
@@ -205,7 +205,7 @@ class TensorBoardTracker:
     def log(self, records: list[dict]) -> None:
         """See `Tracker`."""
         for record in records:
-            for name, value in recorded.scalars(record):
+            for name, value in record_numbers.scalars(record):
                 self._board.add_scalar(name, value, record["round"])
 
     def close(self, reason: str | None) -> None:
@@ -255,7 +255,7 @@ class WandbTracker:
     def log(self, records: list[dict]) -> None:
         """See `Tracker`."""
         for record in records:
-            self._run.log(dict(recorded.scalars(record)), step=record["round"])
+            self._run.log(dict(record_numbers.scalars(record)), step=record["round"])
 
     def close(self, reason: str | None) -> None:
         """See `Tracker`."""
@@ -335,7 +335,7 @@ class MlflowTracker:
         metrics = [
             Metric(_mlflow_name(name), value, now, record["round"])
             for record in records
-            for name, value in recorded.scalars(record)
+            for name, value in record_numbers.scalars(record)
         ]
         for batch in _batches(metrics, _MLFLOW_BATCH):
             self._client.log_batch(self.id, metrics=batch)

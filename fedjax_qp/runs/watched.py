@@ -7,7 +7,7 @@ from pathlib import Path
 import pydantic
 
 from fedjax_qp.files import read_mark, write_json
-from fedjax_qp.runs import records as recorded
+from fedjax_qp.runs import record_numbers
 from fedjax_qp.watch import Watch
 
 FILE = "watched.json"
@@ -30,7 +30,7 @@ def read(folder: Path) -> tuple[Watch, ...]:
 
 def warning(watch: Watch, records: Iterable[dict]) -> str | None:
     """A watch's advice, filled in, where a finite value of these records reaches its limit."""
-    values = [(recorded.value(record, watch.metric), record["round"]) for record in records]
+    values = [(record_numbers.value(record, watch.metric), record["round"]) for record in records]
     limit = math.inf if watch.limit is None else watch.limit
     reached = [(value, round) for value, round in values if value is not None and limit <= value < math.inf]
     if not reached:

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedjax_qp.files import read_mark
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_file, record_numbers
 from fedjax_qp.sweeps.space import EarlyStopping, Rank
 from fedjax_qp.sweeps.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 
 Curve = list[tuple[int, float]]  # (round, value) of each evaluation
-number = records.value
+number = record_numbers.value
 
 
 class Peer(NamedTuple):
@@ -53,14 +53,14 @@ class Curves:
         return self._entry(run_folder)[2]
 
     def _entry(self, run_folder: Path) -> tuple[tuple[int, int], Curve, int]:
-        file = run_folder / records.FILE
+        file = run_folder / record_file.FILE
         try:
             found = file.stat()
         except FileNotFoundError:
             return (0, 0), [], 0
         stamp = (found.st_size, found.st_mtime_ns)
         if file not in self._read or self._read[file][0] != stamp:
-            lines = records.read(run_folder)
+            lines = record_file.read(run_folder)
             self._read[file] = stamp, curve(lines, self._metric), lines[-1]["round"] if lines else 0
         return self._read[file]
 
@@ -145,7 +145,7 @@ class Judge:
         folders = [self._run_folder(trial, seed) for seed in self._seeds]
         endings = [read_ending(folder) for folder in folders]
         failed = any(ending is not None and ending.status == "failed" for ending in endings)
-        diverged = [folder for folder in folders if (folder / records.FAILURE).exists()]
+        diverged = [folder for folder in folders if (folder / record_file.FAILURE).exists()]
         if trial in self._together:
             diverged = [folder for folder in diverged if _last_round(folder) < round]
         return failed or bool(diverged)
@@ -167,10 +167,10 @@ class Judge:
 
 def _last_round(run_folder: Path) -> int:
     """The last round that an ended run finished; 0 where its mark is damaged."""
-    round = (read_mark(run_folder / records.ENDED) or {}).get("round")
+    round = (read_mark(run_folder / record_file.ENDED) or {}).get("round")
     return round if type(round) is int else 0
 
 
 def metric_names(lines: Sequence[dict[str, Any]]) -> list[str]:
     """The names that `Rank.metric` can take in these records."""
-    return sorted({name for line in lines for name, _ in records.scalars(line)})
+    return sorted({name for line in lines for name, _ in record_numbers.scalars(line)})

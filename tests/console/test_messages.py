@@ -13,7 +13,7 @@ from fedjax_qp.models import models
 from fedjax_qp.models.language import gguf, pretrained_config, rotary
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports.compare import load_runs
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_file
 from fedjax_qp.settings.strict import read_text
 
 LONG, HUGE = "a\nb" * 10_000, 10**5000  # a text of many lines, a number that Python does not write out
@@ -64,17 +64,17 @@ def of_class_names(folder: Path) -> None:
 
 
 def of_round(folder: Path) -> None:
-    (folder / records.FILE).write_text(json.dumps({"round": LONG}) + "\n")
-    records.read(folder)
+    (folder / record_file.FILE).write_text(json.dumps({"round": LONG}) + "\n")
+    record_file.read(folder)
 
 
 def of_number(folder: Path) -> None:
-    (folder / records.FILE).write_text(json.dumps({"round": 1, LONG: "x"}) + "\n")
-    records.read(folder)
+    (folder / record_file.FILE).write_text(json.dumps({"round": 1, LONG: "x"}) + "\n")
+    record_file.read(folder)
 
 
 def of_settings(folder: Path) -> None:
-    (folder / records.FILE).write_text("")
+    (folder / record_file.FILE).write_text("")
     (folder / "config.yaml").write_text(f"name: a\nseed: 0x1{'0' * 5000}\nrounds: {json.dumps(LONG)}\n")
     load_runs([folder])
 

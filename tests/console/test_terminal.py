@@ -15,7 +15,7 @@ from support.runs import REPOSITORY, write
 from fedjax_qp import config
 from fedjax_qp.console import terminal
 from fedjax_qp.console.terminal import OutlivingStream, guarded, listening
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_file
 
 # A signal that is ignored stays so in child processes, and tests that run in the background, or with nohup, ignore some.
 HEARING = """
@@ -91,7 +91,7 @@ def test_a_closed_terminal_ends_a_run_in_order(tmp_path):
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 130 and "SIGHUP: finishing this chunk" in output
-    assert records.gap(records.read(folder)) is None
+    assert record_file.gap(record_file.read(folder)) is None
 
 
 def test_a_second_signal_leaves_at_once_and_says_what_is_kept(tmp_path):
@@ -124,7 +124,7 @@ def test_a_run_outlives_its_pipe_and_a_full_disk_for_its_output(tmp_path):
     os.close(writing)
     _, error = process.communicate(timeout=240)
     assert (process.returncode, error) == (0, "")
-    assert len(records.read(config.load(file).run_folder)) == 4
+    assert len(record_file.read(config.load(file).run_folder)) == 4
 
 
 def test_a_terminal_without_unicode_shows_question_marks(tmp_path):

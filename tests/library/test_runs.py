@@ -12,7 +12,7 @@ from support.runs import SMALL
 import fedjax_qp as fq
 from fedjax_qp.cli import main
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.records import FILE
+from fedjax_qp.runs.record_file import FILE
 
 METHODS = {"FedAvg": fq.fedavg(weighting="uniform"), "FedQP": fq.fedqp(form="nearest", alpha=1.0)}
 

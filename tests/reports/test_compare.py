@@ -15,7 +15,7 @@ from fedjax_qp.reports import personal as compare_personal
 from fedjax_qp.reports.compare import Spread
 from fedjax_qp.reports.personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
 from fedjax_qp.runs import watched
-from fedjax_qp.runs.records import FILE
+from fedjax_qp.runs.record_file import FILE
 from fedjax_qp.watch import Watch
 
 

@@ -14,7 +14,7 @@ from fedjax_qp.cli import main
 from fedjax_qp.experiment import defaults
 from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports.html import run_page, run_warnings, write_report
-from fedjax_qp.runs.records import FILE
+from fedjax_qp.runs.record_file import FILE
 from fedjax_qp.watch import Watch
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> --> $\\frac{'

@@ -1,19 +1,16 @@
-"""Records against numbers worked out by hand, and run folders after a kill."""
+"""Records against numbers worked out by hand."""
 
-import errno
 import json
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedjax_qp.engine.plan import Lanes, Plan, Preparations
 from fedjax_qp.federated import Cohort
-from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
-from fedjax_qp.runs.records import Recorder, chunk_records, nonfinite_clients
+from fedjax_qp.runs import record_file, record_numbers
+from fedjax_qp.runs.record_file import Recorder
+from fedjax_qp.runs.records import chunk_records, nonfinite_clients
 
 SHARES = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.25, 0.75]])  # four clients, two classes
 
@@ -163,13 +160,13 @@ def test_only_infinite_losses_leave_nothing():
 
 
 def test_tests_that_are_not_finite_are_said():
-    assert records.nonfinite_tests([]) is None
+    assert record_numbers.nonfinite_tests([]) is None
     metrics = personal_metrics([10.0, np.inf, np.nan], [10, 10, 10])
     made = chunk_records(metrics, made_plan(), 10, None, seen={0, 1, 2})
-    assert records.nonfinite_tests([{"round": 1, "test_loss": 0.5, "test_accuracy": 0.5}]) is None
-    said = records.nonfinite_tests(made)
+    assert record_numbers.nonfinite_tests([{"round": 1, "test_loss": 0.5, "test_accuracy": 0.5}]) is None
+    said = record_numbers.nonfinite_tests(made)
     assert said is not None and "the personal model of clients 1, 2 (round 11)" in said
-    common = records.nonfinite_tests([{"round": r, "test_loss": None, "test_accuracy": 0.25} for r in (3, 4)])
+    common = record_numbers.nonfinite_tests([{"round": r, "test_loss": None, "test_accuracy": 0.25} for r in (3, 4)])
     assert common is not None and "the common test set (rounds 3, 4)" in common
 
 
@@ -197,26 +194,6 @@ def test_nonfinite_clients_are_named_unless_they_dropped_out():
     assert nonfinite_clients(metrics, made_plan(0), 10) is None
 
 
-def test_rounds_to_reach():
-    made = [{"round": 1, "test_accuracy": 0.5}, {"round": 2}, {"round": 3, "test_accuracy": 0.7}]
-    assert records.rounds_to_reach(made, 0.5) == 1
-    assert records.rounds_to_reach(made, 0.6) == 3
-    assert records.rounds_to_reach(made, 0.8) is None
-
-
-def test_a_null_is_missing_or_not_finite():
-    view = {"perplexity": {"mean": None, "unseen": None, "min": 2.0}}
-    record = {"round": 1, "train_loss": None, "reporting": 0, "test_loss": None, "test_accuracy": 0.5, "a/b": 3}
-    record |= {"personal": view, "tuned": view | {"nonfinite": [1]}, "client_accuracy": {"q10": None}}
-    assert records.value(record, "a/b") == 3.0 and records.value(record, "personal/perplexity/min") == 2.0
-    for name in ("train_loss", "personal/perplexity/mean", "client_accuracy/q10", "personal/loss/mean", "x", "a/c"):
-        assert records.value(record, name) is None
-    for name in ("test_loss", "tuned/perplexity/mean"):
-        assert np.isnan(records.value(record, name))
-    assert np.isnan(records.value(record | {"reporting": 2}, "train_loss"))
-    assert records.value({"tuned": view | {"nonfinite": [1], "accuracy": 0.5}}, "tuned/perplexity/unseen") is None
-
-
 def test_a_null_of_an_empty_group_of_clients_is_missing_whoever_else_is_not_finite():
     metrics = personal_metrics([10.0, 12.0, np.inf], [10, 10, 10])
     for seen, mean, unseen in (
@@ -228,30 +205,8 @@ def test_a_null_of_an_empty_group_of_clients_is_missing_whoever_else_is_not_fini
         first, _ = chunk_records(metrics, made_plan(), 10, None, seen=seen)
         record = json.loads(json.dumps(first))
         for name, expected in (("mean", mean), ("unseen", unseen)):
-            found = records.value(record, f"personal/loss/{name}")
+            found = record_numbers.value(record, f"personal/loss/{name}")
             assert found is None if expected is None else found == pytest.approx(expected, nan_ok=True)
-
-
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def made_records(first: int, last: int) -> list[dict]:
-    return [{"round": n, "train_loss": 1 / n, "mutation/cosine_after": [1.0, None]} for n in range(first, last + 1)]
-
-
-def rounds(folder: Path) -> list[int]:
-    return [record["round"] for record in records.read(folder)]
-
-
-def test_written_records_are_read_back(tmp_path):
-    with Recorder(tmp_path) as recorder:
-        assert records.read(tmp_path) == []
-        recorder.write(made_records(1, 3))
-        assert records.read(tmp_path) == made_records(1, 3)  # on the disk before the file is closed
-        recorder.write([])
-        recorder.write(made_records(4, 5))
-    recorder.close()  # again: harmless
-    assert records.read(tmp_path) == made_records(1, 5)
 
 
 def test_same_records_give_the_same_bytes(tmp_path):
@@ -259,116 +214,4 @@ def test_same_records_give_the_same_bytes(tmp_path):
         (tmp_path / name).mkdir()
         with Recorder(tmp_path / name) as recorder:
             recorder.write(chunk_records(made_metrics(), made_plan(), 0, SHARES))
-    assert (tmp_path / "a" / records.FILE).read_bytes() == (tmp_path / "b" / records.FILE).read_bytes()
-
-
-@pytest.mark.parametrize("torn", ['{"round": 6, "train_lo', '{"round": 6, "name": "é'.encode()[:-1], "6", b"\xff"])
-def test_torn_last_line_is_left_out(tmp_path, torn):
-    with Recorder(tmp_path) as recorder:
-        recorder.write(made_records(1, 5))
-    with (tmp_path / records.FILE).open("ab") as file:
-        file.write(torn if isinstance(torn, bytes) else torn.encode())
-    assert rounds(tmp_path) == [1, 2, 3, 4, 5]
-    with Recorder(tmp_path, resume_round=5) as recorder:
-        recorder.write(made_records(6, 6))
-    assert rounds(tmp_path) == [1, 2, 3, 4, 5, 6]
-
-
-def test_resume_drops_what_the_checkpoint_does_not_hold(tmp_path):
-    with Recorder(tmp_path) as recorder:
-        recorder.write(made_records(1, 8))
-    whole = (tmp_path / records.FILE).read_bytes()
-    with Recorder(tmp_path, resume_round=5) as recorder:
-        assert rounds(tmp_path) == [1, 2, 3, 4, 5]
-        recorder.write(made_records(6, 8))
-    assert (tmp_path / records.FILE).read_bytes() == whole
-    with Recorder(tmp_path):  # no checkpoint: from the beginning
-        assert rounds(tmp_path) == []
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [records.FILE]
-
-
-def test_damage_before_the_last_line_is_an_error(tmp_path):
-    (tmp_path / records.FILE).write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
-    with pytest.raises(ConfigurationError, match="line 2"):
-        records.read(tmp_path)
-
-
-def test_not_a_run_folder(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"no records\.jsonl"):
-        records.read(tmp_path)
-    with pytest.raises(ConfigurationError, match="no such folder"):
-        records.read(tmp_path / "absent")
-
-
-@pytest.mark.parametrize(
-    ("found", "finished", "said"),
-    [
-        ([1, 2, 3], 3, None),
-        ([], 0, None),
-        ([1, 2, 3], None, None),
-        ([], 3, "rounds 1 to 3 of 3 missing"),
-        ([1, 2], 4, "rounds 3 to 4 of 4 missing"),
-        ([1, 3, 4, 6], None, "round 2 and 1 more of 6 missing"),
-        ([1, 2, 2, 3], 3, "round 2 stands there 2 times"),
-        ([1, 3, 2], 3, "the rounds stand in another order"),
-    ],
-)
-def test_gaps_are_named(found, finished, said):
-    assert records.gap([{"round": round} for round in found], finished) == said
-
-
-def test_records_reach_at_least_as_far_as_the_newest_checkpoint(tmp_path):
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    assert records.missing(tmp_path, [{"round": 1}]) == "rounds 2 to 4 of 4 missing"
-    assert records.missing(tmp_path, [{"round": n} for n in range(1, 6)]) is None
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "null",
-        "[1]",
-        '{"train_loss": 1}',
-        '{"round": null}',
-        '{"round": "2"}',
-        '{"round": true}',
-        '{"round": 0}',
-        '{"round": 2.0}',
-        '{"round": 2, "round": 3}',
-        '{"round": 2, "train_loss": NaN}',
-        '{"round": 2, "test_accuracy": "high"}',
-        '{"round": 2, "test_accuracy": [1]}',
-        '{"round": 2, "client_accuracy": "high"}',
-        '{"round": 2, "personal": 5}',
-        '{"round": 2, "x": ' + "[" * 100_000,
-    ],
-)
-def test_what_is_no_record_is_refused_with_its_line(tmp_path, line):
-    for place, text in ((2, f'{{"round": 1}}\n{line}\n{{"round": 3}}\n'), (2, f'{{"round": 1}}\n{line}\n')):
-        (tmp_path / records.FILE).write_text(text)
-        with pytest.raises(ConfigurationError, match=f"line {place} is not a record") as error:
-            records.read(tmp_path)
-        assert len(str(error.value)) < 400 and "\n" not in str(error.value)
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    with Recorder(tmp_path) as recorder:
-        recorder.write(made_records(1, 1))
-
-        def full(descriptor: int) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(records.os, "fsync", full)
-        with pytest.raises(ConfigurationError, match="No space left on device.*free some space"):
-            recorder.write(made_records(2, 2))
-        monkeypatch.undo()
-
-
-def test_the_headline_is_what_the_task_is_judged_by():
-    accuracies = {"test_accuracy": 0.5, "class_accuracy": [0.4, 0.6]}
-    personal = {"personal": {"perplexity": {"mean": 3.0}}}
-    assert records.headline({"round": 1}) is None
-    assert records.headline({"round": 1, **accuracies}) == ("accuracy", 0.5)
-    assert records.headline({"round": 1, **accuracies, **personal}) == ("accuracy", 0.5)  # Ditto on images
-    assert records.headline({"round": 1, "test_accuracy": 0.5, **personal}) == ("perplexity", 3.0)
+    assert (tmp_path / "a" / record_file.FILE).read_bytes() == (tmp_path / "b" / record_file.FILE).read_bytes()

@@ -17,7 +17,7 @@ from fedjax_qp import cli, config
 from fedjax_qp.experiment import advice, build
 from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records, watched
+from fedjax_qp.runs import record_file, record_numbers, watched
 from fedjax_qp.runs.loop import NonFiniteLoss, chunk_bounds, simulate
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import run_together
@@ -36,7 +36,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert json.loads((finished / "environment.json").read_text())["packages"]["jax"] == jax.__version__
     startup = json.loads((finished / "startup.json").read_text())
     assert startup.keys() == {"data", "program"} and min(startup.values()) > 0
-    lines = records.read(finished)
+    lines = record_file.read(finished)
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     wanted = {"test_accuracy", "test_loss", "class_accuracy", "client_accuracy", "train_loss", "mutation/drift"}
     wanted |= {"qp/residual", "qp/iterations", "qp/failures", "qp/corrected_share", "mutation/cosine_before"}
@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_behind(finished):
 
 
 def test_the_solver_ran_inside_the_compiled_round(finished):
-    lines = records.read(finished)
+    lines = record_file.read(finished)
     assert lines[0]["qp/iterations"] == 0 or lines[0]["mutation/drift"] == 0  # nothing to correct in round 1
     assert all(line["qp/iterations"] >= 1 and line["qp/residual"] <= 1e-4 for line in lines[1:])
     assert all(line["qp/failures"] == 0 for line in lines)  # so the residuals are those of jaxopt's answers
@@ -67,7 +67,7 @@ def test_more_rounds_continue_where_the_run_ended(finished, tmp_path):
     assert outcome.rounds == 8
     whole = run(config.load(finished / "config.yaml", ["rounds=8", f"folder={tmp_path}", "name=whole"]), quiet())
     assert_bitwise(final_state(tmp_path / "copy"), final_state(whole.folder))
-    assert [line["round"] for line in records.read(tmp_path / "copy")] == list(range(1, 9))
+    assert [line["round"] for line in record_file.read(tmp_path / "copy")] == list(range(1, 9))
 
 
 DAMAGED_RECORDS = {  # what is left of the lines of four rounds, and where the run can go back to
@@ -213,7 +213,7 @@ def test_a_non_finite_loss_names_round_and_clients_and_keeps_the_last_checkpoint
     )
     with pytest.raises(NonFiniteLoss, match=r"round \d+, clients \[.*\].*learning_rate"):
         run(loaded, quiet())
-    assert records.read(loaded.run_folder) == []
+    assert record_file.read(loaded.run_folder) == []
     fine = config.load(write(tmp_path, algorithm="fedavg"), ["name=fine"])
     folder = run(fine, quiet()).folder
     before = final_state(folder)
@@ -222,7 +222,7 @@ def test_a_non_finite_loss_names_round_and_clients_and_keeps_the_last_checkpoint
     with pytest.raises(NonFiniteLoss):
         resume(folder, ["rounds=8"], quiet())
     assert_bitwise(before, final_state(folder))
-    assert len(records.read(folder)) == 4
+    assert len(record_file.read(folder)) == 4
 
 
 def test_a_divergence_in_the_last_step_is_noticed(tmp_path):
@@ -296,7 +296,7 @@ def test_a_run_may_move_to_a_machine_with_fewer_devices(tmp_path):
     output = Console(file=io.StringIO(), width=200)
     resume(moved.folder, ["rounds=4", "engine.devices=1", "engine.lanes=1"], output)
     assert "up to rounding" in output.file.getvalue()
-    losses = [[line["train_loss"] for line in records.read(folder)] for folder in (whole.folder, moved.folder)]
+    losses = [[line["train_loss"] for line in record_file.read(folder)] for folder in (whole.folder, moved.folder)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
@@ -313,7 +313,7 @@ def test_early_stop_at_the_target_and_without_progress(tmp_path):
     )
     outcome = run(target, quiet())
     assert outcome.reason == "target reached" and outcome.rounds < 40 and outcome.rounds % 2 == 0
-    assert records.rounds_to_reach(records.read(outcome.folder), 0.15) <= outcome.rounds
+    assert record_numbers.rounds_to_reach(record_file.read(outcome.folder), 0.15) <= outcome.rounds
     still = config.load(
         write(tmp_path), ["rounds=40", "local.learning_rate=1e-9", "evaluation.patience=3", "name=still"]
     )
@@ -381,12 +381,12 @@ def test_kill_and_resume_is_bitwise(tmp_path, uninterrupted, rounds):
     wait_for_rounds(process, folder, rounds)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and len(records.read(folder)) < 60
+    assert process.returncode == -signal.SIGKILL and len(record_file.read(folder)) < 60
     resumed = start(["resume", str(folder)])
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
     assert_bitwise(final_state(uninterrupted), final_state(folder))
-    assert records.read(folder) == records.read(uninterrupted)
+    assert record_file.read(folder) == record_file.read(uninterrupted)
 
 
 def test_sigterm_finishes_the_chunk_and_says_how_to_resume(tmp_path, uninterrupted):
@@ -399,7 +399,7 @@ def test_sigterm_finishes_the_chunk_and_says_how_to_resume(tmp_path, uninterrupt
     assert process.returncode == 130, output
     assert "SIGTERM" in output and re.search(r"fedjax-qp resume\s+\S+", output)
     done = int(final_state(folder).round)
-    assert done == len(records.read(folder)) and done >= 10
+    assert done == len(record_file.read(folder)) and done >= 10
 
 
 def test_errors_end_with_one_line_and_status_two(tmp_path):

@@ -24,7 +24,7 @@ from fedjax_qp.engine.chunk import run_chunks
 from fedjax_qp.engine.plan import plan_together
 from fedjax_qp.experiment import build, first_state, join_states
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_file
 from fedjax_qp.runs.checkpoint import Checkpoints
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import groups, run_together
@@ -142,7 +142,7 @@ def four(tmp_path_factory) -> list[Config]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line[name] for line in records.read(folder) for name in ("train_loss", "test_loss")]
+    return [line[name] for line in record_file.read(folder) for name in ("train_loss", "test_loss")]
 
 
 def test_runs_together_leave_the_records_of_runs_alone(four, tmp_path):

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 
 from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records, trackers
+from fedjax_qp.runs import record_file, trackers
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import groups
 from fedjax_qp.runs.trackers import Trackers, check_trackers
@@ -308,7 +308,7 @@ def test_a_tracker_that_fails_is_reported_once_and_caught_up_on_resume(tmp_path,
     outcome = run(config.load(write(tmp_path), ["tracking.wandb={}"]), output)
     said = written.getvalue()
     assert outcome.reason == "finished"
-    assert [line["round"] for line in records.read(outcome.folder)] == [1, 2, 3, 4]
+    assert [line["round"] for line in record_file.read(outcome.folder)] == [1, 2, 3, 4]
     assert said.count("tracking.wandb failed") == 1 and "no [server] there" in said and "resume" in said
     assert (made.rounds, made.ends) == ([1, 2], [])
     ((_, scalars),) = board(outcome.folder)  # the others did not notice

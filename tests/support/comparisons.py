@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from fedjax_qp.runs import watched
-from fedjax_qp.runs.records import FILE
+from fedjax_qp.runs.record_file import FILE
 from fedjax_qp.watch import Watch
 
 SETTINGS = {

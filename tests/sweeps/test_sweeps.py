@@ -17,7 +17,7 @@ from rich.console import Console
 from support.sweeps import opened, record_run, sweep_of, write_sweep
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_file
 from fedjax_qp.sweeps import run as running
 from fedjax_qp.sweeps import schedule
 from fedjax_qp.sweeps.run import run_sweep
@@ -49,7 +49,7 @@ def quiet() -> Console:
 
 
 def rounds(folder: Path) -> list[int]:
-    return [line["round"] for line in records.read(folder)]
+    return [line["round"] for line in record_file.read(folder)]
 
 
 def started_after(run_folder: Path) -> set[str]:
