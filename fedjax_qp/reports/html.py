@@ -29,7 +29,7 @@ from fedjax_qp.reports.compare import Run
 from fedjax_qp.reports.personal import has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.reports.plots import plot_comparison, plot_run
 from fedjax_qp.runs import record_numbers, watched
-from fedjax_qp.runs.folder import SHARED, TIMES
+from fedjax_qp.runs.open_run import SHARED, TIMES
 from fedjax_qp.runs.record_file import ENDED, FAILURE
 from fedjax_qp.settings import strict
 

@@ -32,8 +32,8 @@ from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import processes, record_file, watched
 from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.checkpoint import Checkpoints
-from fedjax_qp.runs.folder import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
 from fedjax_qp.runs.loop import NonFiniteLoss, planned_without, simulate_together
+from fedjax_qp.runs.open_run import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
 from fedjax_qp.runs.provenance import Provenance, provenance
 from fedjax_qp.runs.startup import Startup
 from fedjax_qp.runs.trackers import check_trackers

@@ -35,7 +35,7 @@ from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.checkpoint import Checkpoints
-from fedjax_qp.runs.folder import (
+from fedjax_qp.runs.open_run import (
     SHARED,
     begin_folder,
     lock_run,
