@@ -29,7 +29,7 @@ from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
 from fedjax_qp.reports import rendering
 from fedjax_qp.reports.plots import plot_comparison
-from fedjax_qp.runs import record_file
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import Outcome
 from fedjax_qp.runs.together import run_together
 
@@ -95,21 +95,22 @@ TUNED_LAST, LAST = 5, 10
 
 
 def _is_finished(folder: Path, rounds: int) -> bool:
-    file = folder / "records.jsonl"
-    return file.exists() and any(line["round"] == rounds for line in record_file.read(folder))
+    return any(line["round"] == rounds for line in RunFolder(folder).records(missing_ok=True))
 
 
 def score(folder: Path, last: int) -> float:
     """Mean accuracy of the last evaluations; 0 for a run that diverged."""
-    if (folder / record_file.FAILURE).exists():
+    if RunFolder(folder).diverged():
         return 0.0
-    accuracies = [line["test_accuracy"] for line in record_file.read(folder) if "test_accuracy" in line]
+    accuracies = [line["test_accuracy"] for line in RunFolder(folder).records() if "test_accuracy" in line]
     return sum(accuracies[-last:]) / len(accuracies[-last:])
 
 
 def mean_drift(folder: Path) -> float | None:
     """Mean drift over the rounds that have something to mutate along."""
-    drifts = [line["mutation/drift"] for line in record_file.read(folder)[1:] if line.get("mutation/drift") is not None]
+    drifts = [
+        line["mutation/drift"] for line in RunFolder(folder).records()[1:] if line.get("mutation/drift") is not None
+    ]
     return sum(drifts) / len(drifts) if drifts else None
 
 
@@ -153,7 +154,7 @@ def tune(arguments: argparse.Namespace, console: Console) -> dict[str, str]:
                 "setting": setting,
                 "accuracy": score(outcome.folder, TUNED_LAST),
                 "drift": mean_drift(outcome.folder),
-                "diverged": (outcome.folder / record_file.FAILURE).exists(),
+                "diverged": RunFolder(outcome.folder).diverged(),
             }
             for setting, outcome in zip(settings, run_all(configs, console), strict=True)
         ]
@@ -186,7 +187,7 @@ def compare_methods(arguments: argparse.Namespace, phase: str, methods: dict[str
         for config in configs:
             if _is_finished(config.run_folder, config.rounds):
                 folders.append(config.run_folder)
-            elif (config.run_folder / record_file.FAILURE).exists():
+            elif RunFolder(config.run_folder).diverged():
                 diverged.append(config.run_folder.name)
         report(arguments, phase, folders, diverged, console)
 
@@ -212,7 +213,7 @@ def report(
         writer = csv.writer(file)
         writer.writerow(["run", "round", "train_loss", "test_loss", "test_accuracy", "client_accuracy_q10", "drift"])
         for folder in folders:
-            for line in record_file.read(folder):
+            for line in RunFolder(folder).records():
                 if "test_accuracy" in line:
                     worst = line["client_accuracy"]["q10"]
                     values = (line["train_loss"], line["test_loss"], line["test_accuracy"], worst)

@@ -21,8 +21,7 @@ from statistics import median
 
 from measure import write_rows
 
-from fedjax_qp.runs.record_file import FILE
-from fedjax_qp.runs.startup import FILE as STARTUP
+from fedjax_qp.runs.folder import RunFolder
 
 SHORT_ROUNDS = ["engine.rounds_per_chunk=1", "local.epochs=1", "local.maximum_steps=2"]
 SHORT_ROUNDS += ["rounds=1000000", "evaluation.every=1000000"]
@@ -40,12 +39,12 @@ def first_round(settings: list[str], cache: str, *, keep_programs: bool = True) 
     variables = {"FEDJAX_QP_CACHE": cache, **({} if keep_programs else {"JAX_ENABLE_COMPILATION_CACHE": "false"})}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "fedjax_qp", "run", *settings, *SHORT_ROUNDS, f"folder={folder}", "name=cold"]
-        run = Path(folder) / "cold-seed0"
+        run = RunFolder(Path(folder) / "cold-seed0")
         started = time.perf_counter()
         process = subprocess.Popen(
             command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        while not ((run / FILE).exists() and (run / FILE).stat().st_size):
+        while not run.records(missing_ok=True):
             if process.poll() is not None:
                 assert process.stderr is not None
                 raise SystemExit(f"{' '.join(command)} ended without a round:\n{process.stderr.read()}")
@@ -53,7 +52,7 @@ def first_round(settings: list[str], cache: str, *, keep_programs: bool = True) 
         seconds = time.perf_counter() - started
         process.kill()
         process.communicate()
-        return {"first_round_seconds": seconds, "phases": json.loads((run / STARTUP).read_text())}
+        return {"first_round_seconds": seconds, "phases": run.startup.read()}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
 from fedjax_qp.reports import rendering
 from fedjax_qp.reports.plots import plot_comparison
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import resume, run
 
 FOLDER = "runs/first-look"
@@ -28,7 +29,7 @@ METHODS = {
 def finished_or_run(file: Path, name: str, folder: str, overrides: list[str], console: Console) -> Path:
     """Runs, continues or keeps one run in `folder`, if the overrides name no other; returns the run's folder."""
     config = configuration.load(file, [f"folder={folder}", *overrides, f"name={name}"])
-    if (config.run_folder / "config.yaml").exists():
+    if RunFolder(config.run_folder).holds_run():
         resume(config.run_folder, console=console)
     else:
         run(config, console)

@@ -28,8 +28,8 @@ from fedjax_qp import config as configuration
 from fedjax_qp.config import Config
 from fedjax_qp.engine.devices import settle
 from fedjax_qp.experiment import build
-from fedjax_qp.runs import record_file
 from fedjax_qp.runs.autotune import choose_layout
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import run
 from fedjax_qp.runs.together import groups, run_together
 
@@ -84,7 +84,7 @@ def differences(first: Config, second: Config) -> list[float]:
     Sums in another order differ in the last bit, and training makes more of it from round to round: in the first rounds the
     runs must agree to rounding, later ones say how unsteady the training is.
     """
-    pairs = zip(record_file.read(first.run_folder), record_file.read(second.run_folder), strict=True)
+    pairs = zip(RunFolder(first.run_folder).records(), RunFolder(second.run_folder).records(), strict=True)
     return [max(abs(a[name] - b[name]) / abs(b[name]) for name in ("train_loss", "test_loss")) for a, b in pairs]
 
 

@@ -20,6 +20,7 @@ from fedjax_qp.console.terminal import guarded
 from fedjax_qp.files import keep_programs
 from fedjax_qp.instruments.settings import Settings, What
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.settings.catalogue import check_names
 
 # What help calls them. Their defaults are said in words where they are no values.
@@ -27,8 +28,8 @@ Positional = tyro.conf.Positional
 UNSET = tyro.conf.arg(help_behavior_hint="")
 File = Annotated[Path, Positional, tyro.conf.arg(metavar="CONFIG")]
 Overrides = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="[KEY=VALUE ...]", help_behavior_hint="")]
-RunFolder = Annotated[Path, Positional, tyro.conf.arg(metavar="RUN")]
-RunFolders = Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
+Run = Annotated[Path, Positional, tyro.conf.arg(metavar="RUN")]
+Runs = Annotated[tuple[Path, ...], Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 Seeds = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="SEED [SEED ...]", help_behavior_hint="")]
 Questions = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")]
 Instruments = Annotated[tuple[What, ...], UNSET]
@@ -114,7 +115,7 @@ def _configs(file: Path, overrides: Sequence[str], seeds: Sequence[int] | None) 
     return configs
 
 
-def resume(run: RunFolder, overrides: Overrides = (), *, several: Joining = ALONE) -> int:
+def resume(run: Run, overrides: Overrides = (), *, several: Joining = ALONE) -> int:
     """Continues an interrupted run from its newest checkpoint.
 
     Args:
@@ -122,8 +123,7 @@ def resume(run: RunFolder, overrides: Overrides = (), *, several: Joining = ALON
       overrides: settings to change, such as rounds=200.
       several: processes of one run.
     """
-    if (run / "config.yaml").is_file():
-        configuration.load(run / "config.yaml", list(overrides))
+    RunFolder(run).config(overrides)  # a typo comes before JAX is loaded
     from fedjax_qp.runs import processes
     from fedjax_qp.runs.loop import NonFiniteLoss
     from fedjax_qp.runs.run import resume as go_on
@@ -169,7 +169,7 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
 
 
 def compare(
-    runs: RunFolders,
+    runs: Runs,
     *,
     last: int = 10,
     target: Annotated[float | None, UNSET] = None,
@@ -238,7 +238,7 @@ def _writing(output: Path) -> Iterator[None]:
 
 
 def report(
-    runs: RunFolders,
+    runs: Runs,
     *,
     output: Output = None,
     last: int = 10,
@@ -257,7 +257,7 @@ def report(
     _check_comparison(runs, last, target)
     from fedjax_qp.reports.html import write_report
 
-    output = output or (runs[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    output = output or (RunFolder(runs[0]).report if len(runs) == 1 else Path("comparison.html"))
     with _writing(output):
         write_report(list(runs), output, last=last, target=target, baseline=baseline)
     Console().print(f"report: {output}", markup=False)
@@ -265,7 +265,7 @@ def report(
 
 
 def inspect(
-    runs: RunFolders,
+    runs: Runs,
     *,
     what: Instruments = (),
     round: Annotated[int | None, UNSET] = None,
@@ -297,7 +297,7 @@ def inspect(
     return 0
 
 
-def adapters(run: RunFolder, *, output: Output = None, view: Literal["aggregated", "tuned"] = "aggregated") -> int:
+def adapters(run: Run, *, output: Output = None, view: Literal["aggregated", "tuned"] = "aggregated") -> int:
     """Writes every client's adapter of an instruction-tuning run as a PEFT folder.
 
     Args:
@@ -309,13 +309,13 @@ def adapters(run: RunFolder, *, output: Output = None, view: Literal["aggregated
     from fedjax_qp.runs.run import restore
 
     experiment, state = restore(run)
-    written = export_clients(experiment, state, output or run / "adapters", view)
+    written = export_clients(experiment, state, output or RunFolder(run).adapters, view)
     Console().print(f"{len(written)} adapters: {written[0].parent}", markup=False)
     return 0
 
 
 def answer(
-    run: RunFolder,
+    run: Run,
     instructions: Annotated[
         tuple[str, ...], Positional, tyro.conf.arg(metavar="QUESTION [QUESTION ...]", help_behavior_hint="")
     ],

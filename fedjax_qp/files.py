@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import platformdirs
 
@@ -67,6 +67,28 @@ def read_mark(path: Path) -> dict[str, Any] | None:
         found = load_json(path.read_bytes(), str(path))
         return found if isinstance(found, dict) else None
     return None
+
+
+class JsonFile(NamedTuple):
+    """A small JSON file of this package's."""
+
+    path: Path
+
+    def read(self) -> dict[str, Any] | None:
+        """See `read_mark`."""
+        return read_mark(self.path)
+
+    def write(self, value: Any, *, durable: bool = True) -> None:
+        """See `write_json`."""
+        write_json(self.path, value, durable=durable)
+
+    def exists(self) -> bool:
+        """Whether it is there, damaged or not."""
+        return self.path.is_file()
+
+    def remove(self) -> None:
+        """Removes it if it is there."""
+        self.path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

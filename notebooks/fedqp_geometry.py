@@ -33,7 +33,7 @@ from rich.console import Console
 from fedjax_qp import config, quadratic
 from fedjax_qp.instruments.inspection import inspect_runs, side_by_side
 from fedjax_qp.instruments.settings import Settings
-from fedjax_qp.runs import record_file
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import run
 
 # %% [markdown]
@@ -124,7 +124,7 @@ Console(width=130).print(side_by_side(inspected))
 figure = Figure(figsize=(7, 3.8), layout="constrained")
 axes = figure.subplots()
 for (name, path), style in zip(runs.items(), ("-", "--", "-."), strict=True):
-    lines = [line for line in record_file.read(path) if line.get("mutation/drift") is not None]
+    lines = [line for line in RunFolder(path).records() if line.get("mutation/drift") is not None]
     axes.plot([line["round"] for line in lines], [line["mutation/drift"] for line in lines], style, label=name)
     print(f"{name:8s} mean drift {np.mean([line['mutation/drift'] for line in lines[1:]]):+.2f}")
 axes.set(xlabel="round", ylabel="drift (mean coefficient of g)")

@@ -18,8 +18,8 @@ from fedjax_qp.instruments import conflict, curvature, fairness, mutations, shar
 from fedjax_qp.instruments.settings import NAMES, Settings, What
 from fedjax_qp.instruments.subject import InspectedRun, Subject, load, open_run, with_update
 from fedjax_qp.registry import ConfigurationError, unknown_name
+from fedjax_qp.runs.folder import RunFolder
 
-FOLDER = "inspect"  # in the run's folder
 _INSTRUMENTS: dict[What, ModuleType] = {
     "surface": surface,
     "sharpness": sharpness,
@@ -97,7 +97,7 @@ def inspect_checkpoint(
     Args:
       done: of `total` measurements in all, those before these; for the lines that say how far it is.
     """
-    (subject.run.folder / FOLDER).mkdir(exist_ok=True)
+    RunFolder(subject.run.folder).inspections.mkdir(exist_ok=True)
     config, headlines, files = subject.run.experiment.config, {}, []
     if _ALONG_UPDATE & set(names):
         subject = with_update(subject)
@@ -118,7 +118,7 @@ def inspect_checkpoint(
 
 def numbers_file(folder: Path, name: str, round: int) -> Path:
     """Where the numbers of an instrument at a run's checkpoint are; the figure is beside them."""
-    return folder / FOLDER / f"{name}-round{round}.json"
+    return RunFolder(folder).inspections / f"{name}-round{round}.json"
 
 
 def _chosen(subject: Subject, what: Sequence[str]) -> list[What]:

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from fedjax_qp import config as configuration
 from fedjax_qp.algorithms.fedmut import MutationServer
 from fedjax_qp.config import Config, Part
 from fedjax_qp.engine import cut_test_set
@@ -19,8 +18,7 @@ from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import record_file
-from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.provenance import provenance
 from fedjax_qp.streams import Stream, generator
 
@@ -66,24 +64,20 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     Raises:
       ConfigurationError: no run in the folder, one of a language model, or one without a checkpoint.
     """
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigurationError(f"{folder} holds no run (no config.yaml): give the folder of one run.")
-    config = configuration.load(file)
+    read = RunFolder(folder)
+    config = read.config()
     if of_language_model(config):
         raise ConfigurationError(
             f"{folder} is a run of the language model {config.model.name!r}, whose clients have models of their own: the "
             "instruments look at one global model. Use `fedjax-qp compare` for perplexities, or give a run on images."
         )
-    kept = _kept(folder)
+    kept = tuple(read.saved_rounds())
     if not kept:
         raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
     experiment = build(_on_one_device(config), like.experiment if like is not None else None)
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
-    return InspectedRun(
-        folder, experiment, kept, record_file.read(folder), make_replay(experiment), _fedmut(experiment)
-    )
+    return InspectedRun(folder, experiment, kept, read.records(), make_replay(experiment), _fedmut(experiment))
 
 
 def load(run: InspectedRun, round: int | None, settings: Settings) -> Subject:
@@ -113,7 +107,7 @@ def state_at(run: InspectedRun, round: int) -> FederatedState:
             f"{run.folder} has no checkpoint of round {round}: choose one of {', '.join(map(str, run.kept))}, or run it "
             "with a larger checkpoints.keep and a smaller engine.rounds_per_chunk."
         )
-    with Checkpoints(run.folder / "checkpoints", keep=run.experiment.config.checkpoints.keep) as checkpoints:
+    with RunFolder(run.folder).checkpoints() as checkpoints:
         return checkpoints.restore_round(first_state(run.experiment), round)
 
 
@@ -157,12 +151,6 @@ def _fedmut(experiment: Experiment) -> Algorithm | None:
         return None
     options = {name: config.algorithm.options[name] for name in ("alpha", "beta0", "mutation_rounds")}
     return method(dataclasses.replace(config, algorithm=Part("fedmut", options)), experiment.model)({})
-
-
-def _kept(folder: Path) -> tuple[int, ...]:
-    checkpoints = folder / "checkpoints"
-    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    return tuple(sorted(int(name) for name in names if name.isdecimal()))
 
 
 def _on_one_device(config: Config) -> Config:

@@ -10,7 +10,8 @@ from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.reports import compare as comparing
 from fedjax_qp.reports import rendering
 from fedjax_qp.reports.personal import VIEWS, PersonalRow, has_personal, personal_grid, personal_summary, quantity
-from fedjax_qp.runs import record_file, record_numbers
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -305,15 +306,10 @@ def _run_folders(given: Folders) -> list[Path]:
         return given.folders
     folder = Path(given).expanduser()
     matching = [folder] if folder.exists() else [Path(path) for path in sorted(glob.glob(str(folder)))]
-    found = [
-        file.parent
-        for place in matching
-        for file in (
-            [place / record_file.FILE] if (place / record_file.FILE).exists() else sorted(place.rglob(record_file.FILE))
-        )
-    ]
+    found = [run.path for place in matching for run in RunFolder.within(place)]
     if not found:
-        raise ConfigurationError(f"{given} is no run folder and holds none: give folders with a {record_file.FILE}.")
+        name = RunFolder(folder).records_file.name
+        raise ConfigurationError(f"{given} is no run folder and holds none: give folders with a {name}.")
     return found
 
 

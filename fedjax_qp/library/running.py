@@ -18,7 +18,7 @@ from fedjax_qp.library.parts import Arrays
 from fedjax_qp.library.progress import Progress
 from fedjax_qp.library.results import Runs, load
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.record_file import FILE, read
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.settings.values import shown
 
 if TYPE_CHECKING:
@@ -112,11 +112,11 @@ def _trained(configs: Sequence[Config], progress: bool, temporary: Path | None) 
     with Progress(configs, shown=progress) as shown:
         outcomes = run_together(configs, Warner(shown.describe), stop=shown.note)
         for place, outcome in enumerate(outcomes):
-            shown.note(place, read(outcome.folder) if (outcome.folder / FILE).is_file() else [])
+            shown.note(place, RunFolder(outcome.folder).records(missing_ok=True))
     for outcome, config in zip(outcomes, configs, strict=True):
         if outcome.error is not None:
             warnings.warn(f"{config.name}, seed {config.seed}: {outcome.error}", stacklevel=3)
-    begun = [outcome.folder for outcome in outcomes if (outcome.folder / FILE).is_file()]
+    begun = [outcome.folder for outcome in outcomes if RunFolder(outcome.folder).has_records()]
     if not begun:
         raise KeyboardInterrupt("no run has begun")
     runs = Runs(begun)

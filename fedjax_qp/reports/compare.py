@@ -18,10 +18,8 @@ from typing import Any, NamedTuple
 
 from fedjax_qp import config as configuration
 from fedjax_qp.registry import ConfigurationError, unknown_name
-from fedjax_qp.runs import record_file, record_numbers, watched
-from fedjax_qp.runs.record_file import ENDED, FAILURE
-from fedjax_qp.settings import strict
-from fedjax_qp.settings.values import shown
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.watch import Watch
 
 # Where and how a run was computed, and how long; what it computes in a round does not depend on it. `engine.lanes` is even
@@ -96,45 +94,12 @@ def load_runs(folders: Iterable[Path]) -> list[Run]:
       ConfigurationError: a folder is not a run folder, or a file in it is damaged; the message names what is missing.
     """
     runs = []
-    for folder in map(Path, folders):
-        records = record_file.read(folder)
-        runs.append(Run(folder, _settings_file(folder), records, watched=watched.read(folder)))
+    for folder in map(RunFolder, folders):
+        records = folder.records()
+        runs.append(Run(folder.path, folder.raw_config(), records, watched=folder.watches()))
     if not runs:
         raise ConfigurationError("nothing to compare: give one or more run folders.")
     return runs
-
-
-def _settings_file(folder: Path) -> dict[str, Any]:
-    """A run's configuration, parts in their long form. Only what is needed to compare is checked: old names may be gone."""
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigurationError(f"{folder} is not a run folder: it has no config.yaml. Give the folder of one run.")
-    values = strict.load_yaml(strict.read_text(file), str(file))
-    if not isinstance(values, dict) or "name" not in values:
-        raise ConfigurationError(f"{file} is not the configuration of a run: it has no name.")
-    for part in configuration.PARTS:
-        if isinstance(values.get(part), str):
-            values[part] = {"name": values[part]}
-    wrong = next((key for key, kind in _KINDS.items() if key in values and type(values[key]) is not kind), None)
-    wrong = wrong or next((part for part in configuration.PARTS if part in values and not _is_part(values[part])), None)
-    if wrong is not None or not _has_names(values):
-        what = "keys that are no text" if wrong is None else f"{wrong} = {shown(values[wrong])}"
-        raise ConfigurationError(f"{file} is not the configuration of a run: it has {what}. Restore the file.")
-    return values
-
-
-_KINDS = {"name": str, "seed": int, "rounds": int}
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str)
-
-
-def _has_names(value: Any) -> bool:
-    """Whether all keys are text, also of inner mappings."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_has_names, value.values()))
-    return not isinstance(value, list) or all(map(_has_names, value))
 
 
 def over_common_rounds(runs: Sequence[Run]) -> list[Run]:
@@ -321,15 +286,16 @@ def _every(run: Run) -> int | None:
 
 def incomplete(run: Run) -> str | None:
     """What a run's records lack up to where it has come; None where they are complete."""
-    found = record_file.missing(run.folder, run.records) if run.done is None else None
+    found = RunFolder(run.folder).missing_records(run.records) if run.done is None else None
     return None if found is None else f"has records with {found}"
 
 
 def unfinished(run: Run) -> str | None:
     """Why a run's numbers are not those of a whole run; None where they are."""
-    if (run.folder / FAILURE).exists():
+    folder = RunFolder(run.folder)
+    if folder.diverged():
         return f"diverged after {run.done or _finished(run)} rounds"
-    if not (run.folder / ENDED).exists() and _finished(run) < run.config.get("rounds", 0):
+    if not folder.end.exists() and _finished(run) < run.config.get("rounds", 0):
         return f"has {_finished(run)} of {run.config['rounds']} rounds"
     return None
 

@@ -23,14 +23,15 @@ from matplotlib.figure import Figure
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import defaults
+from fedjax_qp.files import JsonFile
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports.compare import Run
 from fedjax_qp.reports.personal import has_personal, personal_grid, personal_summary, quantity
 from fedjax_qp.reports.plots import plot_comparison, plot_run
 from fedjax_qp.runs import record_numbers, watched
-from fedjax_qp.runs.open_run import SHARED, TIMES
-from fedjax_qp.runs.record_file import ENDED, FAILURE
+from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.times import Time
 from fedjax_qp.settings import strict
 
 _FALLEN = 0.05  # of accuracy below the best: worth a warning
@@ -160,8 +161,9 @@ def run_page(run: Run, output: Path, *, figures: bool = True) -> Page:
       output: the file that will link to the run's.
       figures: whether they are wanted.
     """
-    environment, unreadable = _read(run.folder / "environment.json")
-    times, damaged = _times(run.folder)
+    folder = RunFolder(run.folder)
+    environment, unreadable = _read(folder.environment)
+    times, damaged = folder.times.read()
     curves = None
     if figures and run.records:
         # Without a title: the page has one of its own.
@@ -171,25 +173,26 @@ def run_page(run: Run, output: Path, *, figures: bool = True) -> Page:
         folder=str(run.folder),
         state=_state(run),
         facts=_facts(run, times),
-        warnings=[*run_warnings(run, environment), *unreadable, *damaged],
+        warnings=[*run_warnings(run, environment), *unreadable, *([damaged] if damaged else [])],
         settings=_settings(run),
         configuration=yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         environment=_environment(environment),
-        partition=_image(run.folder / "partition.png") if figures else None,
+        partition=_image(folder.partition_figure) if figures else None,
         curves=curves,
         final=_final(run.records),
         timing=_timing(run, times),
         commands=_commands(run, environment),
-        links=_links(run.folder, output),
+        links=_links(folder, output),
     )
 
 
 def run_warnings(run: Run, environment: dict[str, Any] | None = None) -> list[str]:
     """What a reader of a run's numbers must know."""
     found, lines = [], run.records
-    failure, unreadable = _read(run.folder / FAILURE)
+    folder = RunFolder(run.folder)
+    failure, unreadable = _read(folder.failure)
     found += unreadable
-    if (run.folder / FAILURE).exists():
+    if folder.diverged():
         found.append(f"The run diverged. {failure.get('message', '')}".strip())
     elif compare.unfinished(run) is not None:
         found.append(f"Unfinished: {_done(run)} of {run.config['rounds']} rounds.")
@@ -230,14 +233,14 @@ def _done(run: Run) -> int:
 
 
 def _state(run: Run) -> str:
-    ended, _ = _read(run.folder / ENDED)
-    reason = "diverged" if (run.folder / FAILURE).exists() else ended.get("reason")
+    folder = RunFolder(run.folder)
+    reason = "diverged" if folder.diverged() else (folder.end.read() or {}).get("reason")
     if reason is None:
         reason = "finished" if _done(run) >= run.config.get("rounds", 0) else "unfinished"
     return f"{reason}, {_done(run)} of {run.config.get('rounds', '?')} rounds"
 
 
-def _facts(run: Run, times: list[dict]) -> list[Fact]:
+def _facts(run: Run, times: list[Time]) -> list[Fact]:
     facts = []
     for key, label in (("personal", "aggregated"), ("tuned", "tuned")):  # of language models it is the headline
         if values := compare.series(run, f"{key}/perplexity/mean"):
@@ -261,7 +264,7 @@ def _facts(run: Run, times: list[dict]) -> list[Fact]:
         if values := _numbers(run, watch.metric):
             facts.append(Fact(watch.label.capitalize(), f"{statistics.fmean(values):.2f}", "mean over rounds"))
     if times:
-        facts.append(Fact("Time", _duration(sum(line["seconds"] for line in times)), "compilation included"))
+        facts.append(Fact("Time", _duration(sum(time.seconds for time in times)), "compilation included"))
     return facts
 
 
@@ -301,43 +304,18 @@ def _final(lines: list[dict]) -> list[tuple[str, str, str]]:
     return [(name, f"{value:.6g}", str(at)) for name, (value, at) in sorted(last.items())]
 
 
-def _times(folder: Path) -> tuple[list[dict], list[str]]:
-    """Seconds of the chunks (of one that was computed again after a kill, both), and what to say of damaged lines."""
-    file = folder / TIMES
-    try:
-        *lines, torn = strict.read_text(file).split("\n") if file.is_file() else [""]
-    except ConfigurationError as error:
-        return [], [f"Times are left out: {error}"]
-    found = [_time(line) for line in lines if line] + [
-        line for line in [_time(torn)] if line
-    ]  # the last one: by a kill
-    times = [line for line in found if line is not None]
-    lost = len(found) - len(times)
-    return times, [f"Times are incomplete: {lost} lines of {file} are damaged."] if lost else []
-
-
-def _time(line: str) -> dict | None:
-    try:
-        found = strict.load_json(line, TIMES)
-    except ConfigurationError:
-        return None
-    kinds = {"seconds": (int, float), "rounds": (int,), "first": (bool,)}
-    fits = isinstance(found, dict) and all(type(found.get(name)) in kind for name, kind in kinds.items())
-    return found if fits and found["rounds"] > 0 else None
-
-
-def _timing(run: Run, times: list[dict]) -> list[tuple[str, str]]:
+def _timing(run: Run, times: list[Time]) -> list[tuple[str, str]]:
     if not times:
         return []
-    steady = [line["seconds"] / line["rounds"] for line in times if not line["first"]]
-    rows = [("in all", _duration(sum(line["seconds"] for line in times)))]
+    steady = [time.seconds / time.rounds for time in times if not time.first]
+    rows = [("in all", _duration(sum(time.seconds for time in times)))]
     if steady:
         rows.append(("a round, median of chunks", f"{statistics.median(steady):.3g} s"))
-        first = [line["seconds"] - line["rounds"] * statistics.median(steady) for line in times if line["first"]]
+        first = [time.seconds - time.rounds * statistics.median(steady) for time in times if time.first]
         rows.append(("start and compilation, about", _duration(max(0.0, sum(first)))))
-    rows.append(("processes", str(sum(line["first"] for line in times))))
-    together = _read(run.folder / SHARED)[0].get("runs", 1)
-    if isinstance(together, int) and together > 1:
+    rows.append(("processes", str(sum(time.first for time in times))))
+    together = RunFolder(run.folder).runs_in_program()
+    if together > 1:
         rows.append(("shared", f"{together} runs in one program: times are those of all"))
     return rows
 
@@ -345,22 +323,15 @@ def _timing(run: Run, times: list[dict]) -> list[tuple[str, str]]:
 def _commands(run: Run, environment: dict[str, Any] | None) -> list[str]:
     """What computes the run again."""
     commit = (environment or {}).get("commit")
-    again = shlex.join(["fedjax-qp", "run", str(run.folder / "config.yaml"), "folder=again"])
+    again = shlex.join(["fedjax-qp", "run", str(RunFolder(run.folder).config_file), "folder=again"])
     return ([f"git checkout {shlex.quote(commit.removesuffix('-dirty'))}"] if isinstance(commit, str) else []) + [again]
 
 
-def _links(folder: Path, output: Path) -> list[tuple[str, str]]:
+def _links(folder: RunFolder, output: Path) -> list[tuple[str, str]]:
     """The run's own files, relative to the report."""
-    names = (
-        "report.html",
-        "config.yaml",
-        "records.jsonl",
-        "environment.json",
-        "run.png",
-        "partition.png",
-        "tensorboard",
-    )
-    found = [folder / name for name in names if (folder / name).exists() and folder / name != output]
+    written = [folder.report, folder.config_file, folder.records_file, folder.environment.path]
+    drawn = [folder.figure, folder.partition_figure, folder.tensorboard]
+    found = [path for path in [*written, *drawn] if path.exists() and path != output]
     relative = [os.path.relpath(path.resolve(), output.resolve().parent) for path in found]
     return [(path.name, quote(Path(address).as_posix())) for path, address in zip(found, relative, strict=True)]
 
@@ -372,15 +343,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[str]]:
+def _read(file: JsonFile) -> tuple[dict[str, Any], list[str]]:
     """What a small file of a run holds, and a sentence where it is damaged; nothing where it is absent."""
-    if not file.is_file():
+    if not file.exists():
         return {}, []
     try:
-        found = strict.load_json(strict.read_text(file), str(file))
+        found = strict.load_json(strict.read_text(file.path), str(file.path))
     except ConfigurationError as error:
         return {}, [f"Left out: {error}"]
-    return (found, []) if isinstance(found, dict) else ({}, [f"Left out: {file} holds no mapping."])
+    return (found, []) if isinstance(found, dict) else ({}, [f"Left out: {file.path} holds no mapping."])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -84,7 +84,7 @@ def plot_run(records: list[dict], path: str | Path, *, title: str = "", watched:
       records: of a run, see `runs.records`.
       path: image file; its ending chooses the format (.png, .pdf, .svg).
       title: above all panels.
-      watched: what its method wants seen, from `watched.read`.
+      watched: what its method wants seen, see `watch`.
     """
     seen = [*(watch for watch in watched if watch.label), _AGREEMENT]
     seen = [watch for watch in seen if len(_series(records, watch.metric)[0])]

@@ -24,9 +24,9 @@ from fedjax_qp.engine.devices import choices
 from fedjax_qp.engine.plan import Plan, Workload, longest_lane, plan_together, sample_cohort
 from fedjax_qp.experiment import Experiment, first_state, join_states, start_shared_engine, with_layout
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.files import write_json
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import processes
+from fedjax_qp.runs.folder import RunFolder
 
 SHARE = 0.8  # of a device's memory; the rest is for copies on their way, and for what the compiler does not count
 _SHORT, _LONG = 4, 24  # steps of two trial rounds, whose difference is free of a round's fixed costs
@@ -103,7 +103,7 @@ class LayoutChoice(NamedTuple):
         """Leaves the choice in a run's folder."""
         trials = [{**trial._asdict(), "round_seconds": trial.round_seconds} for trial in self.trials]
         too_large = [{**found._asdict(), "budget": found.budget._asdict()} for found in self.too_large]
-        write_json(folder / "lanes.json", {**self._asdict(), "trials": trials, "too_large": too_large})
+        RunFolder(folder).lanes.write({**self._asdict(), "trials": trials, "too_large": too_large})
 
 
 def _layout(lanes: int, devices: int) -> str:

@@ -1,9 +1,7 @@
-"""The folder of one run while it is written: configuration, records, checkpoints, and when to stop."""
+"""A run under way: what it writes into its folder, and when it stops."""
 
 import contextlib
-import json
 import numbers
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,51 +9,29 @@ from types import TracebackType
 
 from rich.console import Console
 
-from fedjax_qp import config as configuration
 from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition
 from fedjax_qp.experiment import Experiment
-from fedjax_qp.files import lock_folder, read_mark, remove_partial, write_json, writing
-from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.files import writing
 from fedjax_qp.reports.plots import plot_run
-from fedjax_qp.runs import processes, record_file, record_numbers, watched
-from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs import processes, record_numbers
 from fedjax_qp.runs.environment import environment
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.loop import Chunk, NonFiniteLoss
 from fedjax_qp.runs.provenance import Provenance
-from fedjax_qp.runs.record_file import ENDED, FAILURE, Recorder
+from fedjax_qp.runs.times import Time
 from fedjax_qp.runs.trackers import Trackers
-
-SHARED = "together.json"  # in the folder of a run that shares its program: how
-# One line per chunk: its last round, and the seconds since the previous chunk or the start.
-TIMES = "times.jsonl"
-
-
-def make_folder(folder: Path) -> None:
-    """Creates a run's folder, as does every process.
-
-    Raises:
-      ConfigurationError: it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigurationError(
-            f"the run folder {folder} cannot be written ({error.strerror}): choose another one with folder=PATH."
-        ) from None
 
 
 def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
     """Writes what is known before the first round; for the first process."""
-    folder, task = experiment.config.run_folder, experiment.task
-    with writing(folder / "partition.png"):
-        plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
-    write_json(folder / "environment.json", environment())
-    made_of.write(folder)
-    watched.write(folder, experiment.algorithm.watch)
-    configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run
+    folder, task = RunFolder(experiment.config.run_folder), experiment.task
+    with writing(folder.partition_figure):
+        plot_partition(task.counts, folder.partition_figure, class_names=task.class_names)
+    folder.environment.write(environment())
+    made_of.write(folder.path)
+    folder.save_watches(experiment.algorithm.watch)
+    folder.save_config(experiment.config)  # last: its presence marks a run
 
 
 @contextlib.contextmanager
@@ -68,55 +44,8 @@ def lock_run(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with processes.in_common():
             if processes.first():
-                held.enter_context(lock_folder(folder, "run.lock", "continues the run"))
-                remove_partial(folder)
+                held.enter_context(RunFolder(folder).lock())
         yield
-
-
-def restorable(folder: Path, checkpoints: Checkpoints) -> list[int]:
-    """The rounds of a run's checkpoints that it can go on from, the newest first; none where it begins with round 1.
-
-    Records are on the disk before a checkpoint is saved, so those of every checkpoint's rounds must be there.
-
-    Raises:
-      ConfigurationError: the run has checkpoints, but its records do not reach to any of them; or the other way about.
-    """
-    lines = record_file.read(folder) if (folder / record_file.FILE).exists() else []
-    stored = checkpoints.rounds()[::-1]
-    covered = [
-        round for round in stored if record_file.gap([line for line in lines if line["round"] <= round], round) is None
-    ]
-    if stored and not covered:
-        lost = record_file.gap([line for line in lines if line["round"] <= stored[0]], stored[0])
-        raise ConfigurationError(
-            f"{folder / record_file.FILE} is not complete ({lost}): restore the file from a backup, or delete {folder} to "
-            "compute every round again."
-        )
-    # The first checkpoint may still be under way when the second is due, and no later; the last one comes after the mark of
-    # the run's end, which therefore says nothing of it. What counts are the settings that the records were made with.
-    made_with = configuration.load(folder / "config.yaml")
-    unsaved = 2 * made_with.checkpoints.every_chunks * made_with.engine.rounds_per_chunk
-    if not stored and lines and lines[-1]["round"] > unsaved:
-        raise ConfigurationError(
-            f"{folder} has records of {lines[-1]['round']} rounds, but no checkpoint: restore {folder / 'checkpoints'} "
-            "from a backup, or delete the run's folder to compute every round again."
-        )
-    return covered
-
-
-def shared_its_program(folder: Path) -> bool:
-    """Whether a run was last computed in one program with others."""
-    runs = (read_mark(folder / SHARED) or {}).get("runs")
-    return type(runs) is int and runs > 1
-
-
-def read_ended(folder: Path) -> tuple[str, int] | None:
-    """Why a run goes no further and after which round; None while it does, and where its last state was never saved."""
-    found = read_mark(folder / ENDED) or {}
-    reason, round = found.get("reason"), found.get("round")
-    if not isinstance(reason, str) or type(round) is not int:
-        return None
-    return (reason, round) if reason == "diverged" or (folder / "checkpoints" / str(round)).is_dir() else None
 
 
 class OpenRun:
@@ -134,19 +63,19 @@ class OpenRun:
           least: checkpoints that are kept even where the configuration wants fewer.
         """
         self.config, self.folder, self.done = config, folder, done
+        self._kept = RunFolder(folder)
         self._writes = processes.first()
         with processes.in_common():  # before the first process cuts the records off
-            self.history = [line for line in record_file.read(self.folder) if line["round"] <= done] if done else []
+            self.history = [line for line in self._kept.records() if line["round"] <= done] if done else []
         finished = "finished" if done >= config.rounds else None
         self.reason = stop_reason(self.history, self.config.evaluation) or finished  # an ended run stays ended
         with processes.in_common():
-            self._recorder = Recorder(self.folder, resume_round=done or None) if self._writes else None
-            self._checkpoints = Checkpoints(self.folder / "checkpoints", keep=max(least, config.checkpoints.keep))
+            self._recorder = self._kept.recorder(done or None) if self._writes else None
+            self._checkpoints = self._kept.checkpoints(keep=max(least, config.checkpoints.keep))
             if self.reason is not None:
                 self._mark_end()
             elif self._writes:
-                for mark in (FAILURE, ENDED):
-                    (self.folder / mark).unlink(missing_ok=True)
+                self._kept.clear_marks()
         self.error: NonFiniteLoss | None = None
         self.warned: set[str] = set()  # metrics
         self._trackers = Trackers(config, folder, self.history, report) if self._writes else None
@@ -156,8 +85,8 @@ class OpenRun:
         """Writes a chunk's records, or the mark of a run that diverged."""
         if isinstance(chunk, NonFiniteLoss):
             self.reason, self.error = "diverged", chunk
-            if self._writes:  # left behind so that a sweep can tell it from an interruption
-                write_json(self.folder / FAILURE, {"reason": "non-finite loss", "message": str(chunk)})
+            if self._writes:
+                self._kept.mark_failure(str(chunk))
             self._mark_end()
             return
         self.history += chunk.records
@@ -168,11 +97,8 @@ class OpenRun:
             self._trackers.write(chunk.records)
 
     def _note_time(self, rounds: int) -> None:
-        """Apart from the records, which are the same bytes whenever they are computed."""
         now = time.monotonic()
-        line = {"round": self.done, "rounds": rounds, "seconds": round(now - self._since, 3), "first": self._first}
-        with writing(self.folder / TIMES), (self.folder / TIMES).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._kept.times.append(Time(self.done, rounds, round(now - self._since, 3), self._first))
         self._since, self._first = now, False
 
     def settle(self) -> None:
@@ -202,8 +128,8 @@ class OpenRun:
         return self.reason is not None
 
     def _mark_end(self) -> None:
-        if self._writes and self.reason not in (None, "interrupted"):
-            write_json(self.folder / ENDED, {"reason": self.reason, "round": self.done})
+        if self._writes and self.reason is not None and self.reason != "interrupted":
+            self._kept.mark_end(self.reason, self.done)
 
     @property
     def headline(self) -> tuple[str, float] | None:
@@ -248,9 +174,9 @@ class OpenRun:
                 self._recorder.close()
                 self._trackers.close(self.reason if error is None else None)
         if self._writes and error is None and self.history:
-            with writing(self.folder / "run.png"):
+            with writing(self._kept.figure):
                 title = f"{self.config.name}, seed {self.config.seed}, {self.config.algorithm.name}"
-                plot_run(self.history, self.folder / "run.png", title=title, watched=watched.read(self.folder))
+                plot_run(self.history, self._kept.figure, title=title, watched=self._kept.watches())
 
 
 def stop_reason(history: list[dict], settings: Evaluation) -> str | None:

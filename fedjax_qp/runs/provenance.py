@@ -1,7 +1,7 @@
 """What a run is made of, by content: it is continued, and looked at, with nothing else.
 
 Settings name data and weights by their place, where other ones may lie tomorrow. So a run's folder holds digests of what was
-built from them, `provenance.json`: the data as the source gave them, who owns which part, the encoded training and test
+built from them: the data as the source gave them, who owns which part, the encoded training and test
 examples, the frozen weights, the tokenizer and the model's configuration.
 """
 
@@ -18,18 +18,13 @@ import numpy as np
 from fedjax_qp.config import to_dict
 from fedjax_qp.data import Instructions
 from fedjax_qp.experiment import Experiment
-from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.folder import RunFolder
 
-FILE = "provenance.json"
 # What depends on these settings alone, so that runs that agree in them must have the same.
 _COMMON = {"data": "data", "frozen weights": "model", "tokenizer": "model", "model configuration": "model"}
 # What other versions of packages may read otherwise from the same files.
 _READ_BY_PACKAGES = {"tokenizer", "model configuration"}
-_OTHER_VERSIONS = (
-    "Other versions of packages may be the reason too: environment.json in its folder names those it began with, "
-    "transformers and tokenizers among them."
-)
 
 
 class Provenance(NamedTuple):
@@ -40,7 +35,7 @@ class Provenance(NamedTuple):
 
     def write(self, folder: Path) -> None:
         """Leaves them in a run's folder."""
-        write_json(folder / FILE, self._asdict())
+        RunFolder(folder).provenance.write(self._asdict())
 
     def check(self, folder: Path, say: Callable[[str], None]) -> bool:
         """Compares them with those that a run began with.
@@ -57,12 +52,17 @@ class Provenance(NamedTuple):
         before = _read(folder)
         if before is None:
             say(
-                f"{folder} holds no digests of its data ({FILE}): whether they are those it began with cannot be checked"
+                f"{folder} holds no digests of its data ({RunFolder(folder).provenance.path.name}): whether they are those "
+                "it began with cannot be checked"
             )
             return False
         changed = [name for name, digest in before.digests.items() if self.digests.get(name, digest) != digest]
         if changed:
-            read_by = "" if _READ_BY_PACKAGES.isdisjoint(changed) else f" {_OTHER_VERSIONS}"
+            by_packages = (
+                f" Other versions of packages may be the reason too: {RunFolder(folder).environment.path} names those it "
+                "began with, transformers and tokenizers among them."
+            )
+            read_by = "" if _READ_BY_PACKAGES.isdisjoint(changed) else by_packages
             raise ConfigurationError(
                 f"{folder} was begun with other content: {', '.join(changed)} differ{'s' if len(changed) == 1 else ''} from "
                 f"what {_places(self.settings)} hold now. Restore what was there, or start a new run under another name."
@@ -188,7 +188,7 @@ def _places(settings: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> Provenance | None:
-    found = read_mark(folder / FILE)
+    found = RunFolder(folder).provenance.read()
     if found is None or not all(isinstance(found.get(name), dict) for name in Provenance._fields):
         return None
     return Provenance(found["digests"], found["settings"])

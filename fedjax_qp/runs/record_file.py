@@ -15,25 +15,21 @@ from fedjax_qp.runs.record_numbers import VIEWS
 from fedjax_qp.settings.strict import load_json
 from fedjax_qp.settings.values import shown
 
-FILE = "records.jsonl"
-# Beside it, once a run goes no further:
-FAILURE = "failure.json"  # it diverged
-ENDED = "ended.json"  # why, and after which round
 _TEST_NUMBERS = ("test_loss", "test_accuracy")
 
 
 class Recorder:
-    """Appends records to `folder/records.jsonl`.
+    """Appends records to a file.
 
     A chunk's records are on the disk when `write` returns, so a checkpoint that is saved afterwards never runs ahead of
     them. What a killed run wrote beyond its last checkpoint is dropped on resuming.
     """
 
-    def __init__(self, folder: Path, *, resume_round: int | None = None):
+    def __init__(self, path: Path, *, resume_round: int | None = None):
         """Opens the file; a context manager closes it.
 
         Args:
-          folder: the run folder, which exists.
+          path: the file, in a folder that exists.
           resume_round: rounds that the checkpoint has finished. Records up to it are kept, all later ones are dropped;
             None starts afresh, which drops every earlier record.
 
@@ -41,7 +37,7 @@ class Recorder:
           ConfigurationError: the file cannot be written, or a line before the last is damaged.
         """
         kept = resume_round or 0
-        self._path = Path(folder) / FILE
+        self._path = path
         lines = _parsed(self._path) if kept and self._path.exists() else []
         write_whole(self._path, "".join(_line(record) for record in lines if record["round"] <= kept))
         with writing(self._path):
@@ -72,17 +68,18 @@ class Recorder:
         self.close()
 
 
-def read(folder: Path) -> list[dict]:
+def read(path: Path) -> list[dict]:
     """Reads the records of a run; a last line that was cut off when the run was killed is left out.
 
     Raises:
-      ConfigurationError: the folder is missing, holds no records, or a line is damaged.
+      ConfigurationError: the folder or the file is missing, or a line is damaged.
     """
-    path = Path(folder) / FILE
     if not path.parent.is_dir():
-        raise ConfigurationError(f"{folder} is not a run folder: there is no such folder.")
+        raise ConfigurationError(f"{path.parent} is not a run folder: there is no such folder.")
     if not path.is_file():
-        raise ConfigurationError(f"{folder} is not a run folder: it has no {FILE}. Give the folder of one run.")
+        raise ConfigurationError(
+            f"{path.parent} is not a run folder: it has no {path.name}. Give the folder of one run."
+        )
     return _parsed(path)
 
 
@@ -103,17 +100,6 @@ def gap(records: Sequence[dict], finished: int | None = None) -> str | None:
     if again is not None:
         return f"round {again} stands there {rounds.count(again)} times"
     return "the rounds stand in another order"
-
-
-def missing(folder: Path, records: Sequence[dict]) -> str | None:
-    """Says what a run's folder should hold of records and does not; None where they are complete.
-
-    They are on the disk before a checkpoint is saved, so they reach at least as far as its newest one.
-    """
-    checkpoints = Path(folder) / "checkpoints"
-    saved = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
-    rounds = [int(name) for name in saved if name.isdecimal()]
-    return gap(records, max([*rounds, *(record["round"] for record in records)], default=0))
 
 
 def _named_rounds(rounds: list[int]) -> str:

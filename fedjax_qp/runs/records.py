@@ -1,4 +1,4 @@
-"""What a run leaves behind: one plain-JSON record per round, in `records.jsonl` (`trackers` send copies elsewhere).
+"""What a run leaves behind: one plain-JSON record per round, in a file (`trackers` send copies elsewhere).
 
 A record is a dict: "round" (from 1), "train_loss", "reporting" (clients), "local_steps" (their sum), every metric of
 the algorithm under its own name, and in rounds with an evaluation "test_loss", "test_accuracy", "class_accuracy" and, where

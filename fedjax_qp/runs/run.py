@@ -29,11 +29,11 @@ from fedjax_qp.data import print_table, summary
 from fedjax_qp.experiment import Experiment, advice, build, first_state, resolve, with_layout
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import processes, record_file, watched
+from fedjax_qp.runs import processes, watched
 from fedjax_qp.runs.autotune import choose_layout
-from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.loop import NonFiniteLoss, planned_without, simulate_together
-from fedjax_qp.runs.open_run import OpenRun, begin_folder, lock_run, make_folder, restorable, shared_its_program
+from fedjax_qp.runs.open_run import OpenRun, begin_folder, lock_run
 from fedjax_qp.runs.provenance import Provenance, provenance
 from fedjax_qp.runs.startup import Startup
 from fedjax_qp.runs.trackers import check_trackers
@@ -63,7 +63,7 @@ def run(config: Config, console: Console | None = None) -> Outcome:
     with processes.in_common(), console.status("reading the data"):
         experiment = build(config)
         (made_of,) = provenance([experiment])
-        make_folder(folder)
+        RunFolder(folder).make()
     startup.done("data")
     with lock_run(folder):
         with processes.in_common():
@@ -80,9 +80,9 @@ def run(config: Config, console: Console | None = None) -> Outcome:
 
 
 def _refuse_held(folder: Path, config: Config) -> None:
-    if not (folder / "config.yaml").exists():
+    if not RunFolder(folder).holds_run():
         return
-    held = configuration.load(folder / "config.yaml").algorithm.name
+    held = RunFolder(folder).config().algorithm.name
     if held != config.algorithm.name:
         raise ConfigurationError(
             f"{folder} already holds a run of another algorithm ({held}): choose another name, for example "
@@ -118,11 +118,12 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
       ConfigurationError: no run in the folder, or a change that would make the run inconsistent with its past.
     """
     console, startup = console or processes.console(), Startup()
-    file = _config_file(folder, "start one with `fedjax-qp run CONFIG`")
+    kept = RunFolder(folder)
+    kept.config()  # before its lock, which makes a file
     with lock_run(folder):
         with processes.in_common():
-            config = configuration.load(file, overrides)
-            before = configuration.to_dict(configuration.load(file))
+            config = kept.config(overrides or ())
+            before = configuration.to_dict(kept.config())
             changed = configuration.differences(before, configuration.to_dict(config))
             _check_changes(changed)
             _check_rounds(config, folder)
@@ -136,22 +137,15 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
             console.print("resuming with a changed configuration: " + "; ".join(changed), markup=False)
         settled = _with_measured_lanes(experiment, folder, console, startup)  # auto after it began in a shared program
         state = newest_state(settled, folder, console)
-        elsewhere = shared_its_program(folder) or any(change.startswith(_LAYOUT) for change in changed)
+        elsewhere = kept.runs_in_program() > 1 or any(change.startswith(_LAYOUT) for change in changed)
         if elsewhere and 0 < int(state.round) < config.rounds:
             console.print(
                 "from here on its numbers equal those of an uninterrupted run up to rounding, not to the last bit"
             )
         with processes.in_common():
             if processes.first() and (changed or settled is not experiment):
-                configuration.save(settled.config, file)
+                kept.save_config(settled.config)
         return _alone(settled, folder, state, console, startup)
-
-
-def _config_file(folder: Path, remedy: str) -> Path:
-    file = folder / "config.yaml"
-    if not file.is_file():
-        raise ConfigurationError(f"{folder} holds no run (no config.yaml): {remedy}.")
-    return file
 
 
 def check_provenance(made_of: Provenance, folder: Path, console: Console) -> None:
@@ -166,22 +160,22 @@ def check_provenance(made_of: Provenance, folder: Path, console: Console) -> Non
 
 def newest_state(experiment: Experiment, folder: Path, console: Console) -> FederatedState:
     """The state that a run goes on from; what has to be computed again is said."""
-    like = first_state(experiment)
-    with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
+    like, kept = first_state(experiment), RunFolder(folder)
+    with kept.checkpoints() as checkpoints:
         with processes.in_common():
-            covered = restorable(folder, checkpoints)
+            covered = kept.restorable()
             state = checkpoints.restore(like, covered)
             back = bool(covered) and covered[0] != checkpoints.rounds()[-1]
         with processes.in_common():
             if back and processes.first():
                 checkpoints.discard_after(int(covered[0]))
     if state is None:
-        recorded = len(record_file.read(folder)) if (folder / record_file.FILE).exists() else 0
+        recorded = len(kept.records(missing_ok=True))
         again = f"; the {recorded} recorded rounds are computed again" if recorded else ""
         console.print(f"no checkpoint yet: starting from round 1{again}")
         return like
     if back:
-        console.print(f"{record_file.FILE} is not complete: going back to round {covered[0]}, up to which it is")
+        console.print(f"{kept.records_file.name} is not complete: going back to round {covered[0]}, up to which it is")
     return state
 
 
@@ -191,10 +185,11 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
     Raises:
       ConfigurationError: no run in the folder, no checkpoint yet, or its data or weights are no longer the same.
     """
-    experiment = build(configuration.load(_config_file(folder, "give the folder of one run")))
+    kept = RunFolder(folder)
+    experiment = build(kept.config())
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
-    with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
+    with kept.checkpoints() as checkpoints:
         state = checkpoints.restore(first_state(experiment))
     if state is None:
         raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
@@ -224,7 +219,7 @@ def _check_changes(changed: list[str]) -> None:
 
 
 def _check_rounds(config: Config, folder: Path) -> None:
-    lines = record_file.read(folder) if (folder / record_file.FILE).exists() else []
+    lines = RunFolder(folder).records(missing_ok=True)
     if lines and config.rounds < lines[-1]["round"]:
         raise ConfigurationError(
             f"rounds = {config.rounds} is less than the {lines[-1]['round']} that are in {folder}: choose at least those."

@@ -1,11 +1,9 @@
-"""How long a run takes until its first round begins. Timings stay out of records.jsonl so that it is reproducible."""
+"""How long a run takes until its first round begins. Timings stay out of the records so that these are reproducible."""
 
 import time
 from pathlib import Path
 
-from fedjax_qp.files import write_json
-
-FILE = "startup.json"
+from fedjax_qp.runs.folder import RunFolder
 
 
 class Startup:
@@ -22,7 +20,8 @@ class Startup:
         self._since = now
 
     def write(self, folder: Path) -> None:
-        write_json(folder / FILE, {phase: round(value, 3) for phase, value in self.seconds.items()})
+        """Leaves the times in a run's folder."""
+        RunFolder(folder).startup.write({phase: round(value, 3) for phase, value in self.seconds.items()})
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())

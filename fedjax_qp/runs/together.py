@@ -31,19 +31,11 @@ from fedjax_qp.experiment import (
     with_layout,
 )
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.checkpoint import Checkpoints
-from fedjax_qp.runs.open_run import (
-    SHARED,
-    begin_folder,
-    lock_run,
-    make_folder,
-    read_ended,
-    restorable,
-    shared_its_program,
-)
+from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.open_run import begin_folder, lock_run
 from fedjax_qp.runs.provenance import Provenance, check_beside, provenance
 from fedjax_qp.runs.run import Outcome, check_provenance, continue_runs, newest_state
 from fedjax_qp.runs.startup import Startup
@@ -141,7 +133,7 @@ def remembered_programs(folders: Sequence[Path]) -> list[list[int]]:
     found: dict[str, dict[int, int]] = {}
     sizes: dict[str, int] = {}
     for index, folder in enumerate(folders):
-        how = read_mark(folder / SHARED) or {}
+        how = RunFolder(folder).program.read() or {}
         if isinstance(how.get("program"), str) and type(how.get("place")) is int and type(how.get("runs")) is int:
             found.setdefault(how["program"], {})[how["place"]] = index
             sizes[how["program"]] = how["runs"]
@@ -181,7 +173,7 @@ def _run_group(
             made_of = dict(zip(needed, provenance(list(experiments.values())), strict=True))
         check_beside([made_of[index] for index in waiting], beside)
         for index in waiting:
-            make_folder(configs[index].run_folder)
+            RunFolder(configs[index].run_folder).make()
             stack.enter_context(lock_run(configs[index].run_folder))
         _check_folders([configs[index] for index in waiting])  # another process may have begun them meanwhile
         for index in needed:
@@ -218,7 +210,7 @@ def _programs(
         moved = [
             index
             for index in level.members
-            if len(level.members) > 1 or shared_its_program(experiments[index].config.run_folder)
+            if len(level.members) > 1 or RunFolder(experiments[index].config.run_folder).runs_in_program() > 1
         ]
         if done and not told.issuperset(moved):
             console.print(
@@ -234,12 +226,10 @@ def _common_states(experiments: Sequence[Experiment], ended: Sequence[bool]) -> 
     Later checkpoints are removed. What a run that has ended computes is not looked at, so its state may be any.
     """
     with contextlib.ExitStack() as stack:
-        stores = [
-            stack.enter_context(Checkpoints(e.config.run_folder / "checkpoints", keep=e.config.checkpoints.keep))
-            for e in experiments
-        ]
+        folders = [RunFolder(experiment.config.run_folder) for experiment in experiments]
+        stores = [stack.enter_context(folder.checkpoints()) for folder in folders]
         running = [place for place, over in enumerate(ended) if not over]
-        sound = {place: restorable(experiments[place].config.run_folder, stores[place]) for place in running}
+        sound = {place: folders[place].restorable() for place in running}
         likes = [first_state(experiment) for experiment in experiments]
         # Before the first save of the last of them: all begin anew, as long as no more is lost than that.
         begin = any(not rounds for rounds in sound.values()) and all(
@@ -324,7 +314,7 @@ def _run_program(
         names = ", ".join(differing_settings([experiment.config for experiment in together]))
         console.print(f"one program cannot hold different {names} of this method ({error.args[0].splitlines()[0]})")
     for folder in folders:
-        (folder / SHARED).unlink(missing_ok=True)
+        RunFolder(folder).program.remove()
     alone = [
         _Program([index], [state]) for index, state in zip(members, program.states, strict=True) if index not in ended
     ]
@@ -335,7 +325,7 @@ def _with_shared_lanes(experiments: Sequence[Experiment], console: Console) -> l
     """Measures the lanes once for all, and remembers the program: continued runs then do the same sums in the same order."""
     folders, engine = [experiment.config.run_folder for experiment in experiments], experiments[0].config.engine
     remembered = remembered_programs(folders) == [list(range(len(folders)))]
-    before = _layout(read_mark(folders[0] / SHARED) or {}) if remembered else None
+    before = _layout(RunFolder(folders[0]).program.read() or {}) if remembered else None
     if engine.lanes != "auto":
         assert engine.devices != "auto"
         layout = engine.lanes, engine.devices
@@ -364,24 +354,24 @@ def _note_sharing(folders: Sequence[Path], lanes: int, devices: int) -> None:
     program = uuid.uuid4().hex
     for place, folder in enumerate(folders):
         how = {"runs": len(folders), "lanes": lanes, "devices": devices, "program": program, "place": place}
-        write_json(folder / SHARED, how)
+        RunFolder(folder).program.write(how)
 
 
 def _begin(experiment: Experiment, made_of: Provenance, console: Console) -> None:
     """Begins the folder of a new run, and notes in an old one how many rounds it is to have."""
-    folder = experiment.config.run_folder
-    if not (folder / "config.yaml").exists():
+    folder = RunFolder(experiment.config.run_folder)
+    if not folder.holds_run():
         begin_folder(experiment, made_of)
         return
-    check_provenance(made_of, folder, console)
-    held = configuration.load(folder / "config.yaml")
+    check_provenance(made_of, folder.path, console)
+    held = folder.config()
     if held.rounds != experiment.config.rounds and _ended(experiment.config) is None:
-        configuration.save(dataclasses.replace(held, rounds=experiment.config.rounds), folder / "config.yaml")
+        folder.save_config(dataclasses.replace(held, rounds=experiment.config.rounds))
 
 
 def _ended(config: Config) -> Outcome | None:
     """How a run ended, if it has."""
-    found = read_ended(config.run_folder)
+    found = RunFolder(config.run_folder).ended()
     if found is None or (found[0] == "finished" and found[1] < config.rounds):
         return None
     return Outcome(config.run_folder, found[1], found[0])
@@ -394,8 +384,8 @@ def _check_folders(configs: Sequence[Config]) -> None:
         if folder in folders:
             raise ConfigurationError(f"two runs have the folder {folder}: give each its own name or seed.")
         folders[folder] = index
-        if (folder / "config.yaml").exists():
-            there = configuration.to_dict(resolve(configuration.load(folder / "config.yaml")))
+        if RunFolder(folder).holds_run():
+            there = configuration.to_dict(resolve(RunFolder(folder).config()))
             changed = configuration.differences(there, configuration.to_dict(config))
             changed = [change for change in changed if not change.startswith((*_MEASURED, "rounds:", "folder:"))]
             if changed:

@@ -2,7 +2,7 @@
 
 The records in the run folder are the truth and trackers hold copies. So a tracker that fails, at its start or later, is
 reported once and left out, while the run goes on; what it missed is sent when the run is resumed, even one that has ended.
-`tracking.json` in the run folder holds each tracker's own run id and the rounds it has, so that a resumed run continues the
+A file in the run folder holds each tracker's own run id and the rounds it has, so that a resumed run continues the
 same tracked run. Rounds that are computed again after a kill are the same bits and are not sent twice.
 
 A server that does not answer costs seconds, once: it is asked before anything is sent, requests have short time-outs and one
@@ -32,11 +32,11 @@ from tensorboardX import SummaryWriter
 
 from fedjax_qp import config as configuration
 from fedjax_qp.config import Config
-from fedjax_qp.files import read_mark, write_json
+from fedjax_qp.files import JsonFile
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 
-FILE = "tracking.json"
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # by setting; TensorBoard's is always installed
 _MLFLOW_BATCH = 1000  # metrics in one request, MLflow's own limit
 _MLFLOW_PARAMS = 100  # parameters likewise
@@ -99,9 +99,9 @@ class Trackers:
           history: records of the rounds that the run has finished.
           report: takes a sentence for the user.
         """
-        self._file, self._report = Path(folder) / FILE, report
+        self._folder, self._report = RunFolder(folder), report
         self._open: dict[str, Tracker] = {}
-        self._known = _read(self._file)
+        self._known = _read(self._folder.trackers)
         self._rounds: dict[str, int] = {}
         self._to: dict[str, str] = {}  # destinations
         if config.tracking.wandb:
@@ -159,7 +159,7 @@ class Trackers:
     def _remember(self, name: str, continued: Continued, *, durable: bool = True) -> None:
         """A tracker's id is kept at once; its rounds with the next wait for the disk, which the records have had already."""
         self._known[name] = continued
-        write_json(self._file, {key: value._asdict() for key, value in self._known.items()}, durable=durable)
+        self._folder.trackers.write({key: value._asdict() for key, value in self._known.items()}, durable=durable)
 
     def _attempt(self, name: str, action: Callable[[], Any]) -> None:
         began, there = time.monotonic(), (name, self._to.get(name, ""))
@@ -173,14 +173,14 @@ class Trackers:
                 _spared_until[there] = now + _SPARED_SECONDS
             self._report(
                 f"tracking.{name} failed and is left out from here on ({type(error).__name__}: {error}). The run goes on and "
-                f"its records are complete; `fedjax-qp resume {self._file.parent}` sends {name} what it misses."
+                f"its records are complete; `fedjax-qp resume {self._folder}` sends {name} what it misses."
             )
 
 
-def _read(file: Path) -> dict[str, Continued]:
+def _read(file: JsonFile) -> dict[str, Continued]:
     """What earlier processes left; a damaged file counts as none."""
     with contextlib.suppress(TypeError, ValueError):
-        known = {name: Continued(**entry) for name, entry in (read_mark(file) or {}).items()}
+        known = {name: Continued(**entry) for name, entry in (file.read() or {}).items()}
         return {name: one._replace(rounds=int(one.rounds)) for name, one in known.items()}
     return {}
 
@@ -189,13 +189,13 @@ def _read(file: Path) -> dict[str, Continued]:
 
 
 class TensorBoardTracker:
-    """Event files in `folder/tensorboard`."""
+    """Event files in a folder of their own."""
 
     def __init__(self, folder: Path, done: int):
         """Args: done: rounds whose events stay valid; later ones in earlier files are purged."""
         # Event files are named by the second; the suffix keeps a quick resume from overwriting the file before it.
         self._board = SummaryWriter(
-            str(Path(folder) / "tensorboard"),
+            str(RunFolder(folder).tensorboard),
             purge_step=done + 1,
             max_queue=0,  # unbounded: a slow disk does not hold up the run
             flush_secs=10,
@@ -372,5 +372,5 @@ def _batches(items: list, size: int) -> Iterable[list]:
 def _described(config: Config, folder: Path) -> dict[str, Any]:
     """The settings of a run, and where and with which versions it was computed."""
     values = configuration.to_dict(config)
-    found = read_mark(folder / "environment.json")
+    found = RunFolder(folder).environment.read()
     return values if found is None else {**values, "environment": found}

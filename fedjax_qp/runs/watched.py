@@ -1,31 +1,10 @@
-"""What is watched of a run: kept in its folder, since a report does not build the method, and said when it goes too far."""
+"""What users are told where a metric that a method wants watched goes too far."""
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
-import pydantic
-
-from fedjax_qp.files import read_mark, write_json
 from fedjax_qp.runs import record_numbers
 from fedjax_qp.watch import Watch
-
-FILE = "watched.json"
-_WATCHES = pydantic.TypeAdapter(tuple[Watch, ...])
-
-
-def write(folder: Path, watches: Iterable[Watch]) -> None:
-    """Leaves them in a run's folder."""
-    write_json(folder / FILE, {"watched": [watch._asdict() for watch in watches]})
-
-
-def read(folder: Path) -> tuple[Watch, ...]:
-    """Those of a run's folder; none where an earlier version wrote it, or the file is damaged."""
-    found = read_mark(folder / FILE) or {}
-    try:
-        return _WATCHES.validate_python(found.get("watched", ()))
-    except pydantic.ValidationError:
-        return ()
 
 
 def warning(watch: Watch, records: Iterable[dict]) -> str | None:

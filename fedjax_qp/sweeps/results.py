@@ -20,7 +20,8 @@ from fedjax_qp.files import write_whole, writing
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.reports.compare import Spread, spread
 from fedjax_qp.reports.rendering import markdown_lines
-from fedjax_qp.runs import record_file, record_numbers
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps.space import Rank, Sweep
 from fedjax_qp.sweeps.stopping import Curves, goodness, metric_names, value_at
 from fedjax_qp.sweeps.trials import Ending, Store, Trial
@@ -87,7 +88,7 @@ def check_metric(store: Store) -> bool:
         for seed in store.sweep.seeds:
             ending = store.ending(trial, seed)
             if ending is not None and ending.status == "complete":
-                lines = record_file.read(store.run_folder(trial, seed))
+                lines = RunFolder(store.run_folder(trial, seed)).records()
                 if not any(record_numbers.value(line, store.sweep.rank.metric) is not None for line in lines):
                     raise unknown_name("metric (rank.metric)", store.sweep.rank.metric, metric_names(lines))
                 return True
@@ -121,7 +122,7 @@ def tidy(store: Store) -> pd.DataFrame:
         fields = trial.point.settings
         for seed in store.sweep.seeds:
             folder, ending = store.run_folder(trial, seed), store.ending(trial, seed)
-            for line in record_file.read(folder) if (folder / record_file.FILE).exists() else []:
+            for line in RunFolder(folder).records(missing_ok=True):
                 if record_numbers.value(line, store.sweep.rank.metric) is not None:
                     head = {"trial": trial.number, "variant": trial.point.variant, **fields, "seed": seed}
                     status = "unfinished" if ending is None else ending.status

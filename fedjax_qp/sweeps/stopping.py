@@ -21,8 +21,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedjax_qp.files import read_mark
-from fedjax_qp.runs import record_file, record_numbers
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps.space import EarlyStopping, Rank
 from fedjax_qp.sweeps.trials import read_attempt, read_ending, read_stopped, stop_trial, stopped_file
 
@@ -53,14 +53,15 @@ class Curves:
         return self._entry(run_folder)[2]
 
     def _entry(self, run_folder: Path) -> tuple[tuple[int, int], Curve, int]:
-        file = run_folder / record_file.FILE
+        folder = RunFolder(run_folder)
+        file = folder.records_file
         try:
             found = file.stat()
         except FileNotFoundError:
             return (0, 0), [], 0
         stamp = (found.st_size, found.st_mtime_ns)
         if file not in self._read or self._read[file][0] != stamp:
-            lines = record_file.read(run_folder)
+            lines = folder.records()
             self._read[file] = stamp, curve(lines, self._metric), lines[-1]["round"] if lines else 0
         return self._read[file]
 
@@ -145,7 +146,7 @@ class Judge:
         folders = [self._run_folder(trial, seed) for seed in self._seeds]
         endings = [read_ending(folder) for folder in folders]
         failed = any(ending is not None and ending.status == "failed" for ending in endings)
-        diverged = [folder for folder in folders if (folder / record_file.FAILURE).exists()]
+        diverged = [folder for folder in folders if RunFolder(folder).diverged()]
         if trial in self._together:
             diverged = [folder for folder in diverged if _last_round(folder) < round]
         return failed or bool(diverged)
@@ -167,8 +168,7 @@ class Judge:
 
 def _last_round(run_folder: Path) -> int:
     """The last round that an ended run finished; 0 where its mark is damaged."""
-    round = (read_mark(run_folder / record_file.ENDED) or {}).get("round")
-    return round if type(round) is int else 0
+    return (RunFolder(run_folder).ended() or ("", 0))[1]
 
 
 def metric_names(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -13,6 +13,7 @@ from fedjax_qp.console.listing import listing
 from fedjax_qp.engine.devices import cores
 from fedjax_qp.experiment import check, registries, resolve
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.settings import catalogue
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -114,7 +115,7 @@ def test_a_typo_is_named_also_where_the_folder_holds_a_run(tmp_path, capsys, ove
     file = write(tmp_path)
     folder = config.load(file).run_folder
     folder.mkdir(parents=True)
-    config.save(config.load(file), folder / "config.yaml")
+    config.save(config.load(file), RunFolder(folder).config_file)
     assert message in told(capsys, "run", str(file), override)
     assert "already holds a run" in told(capsys, "run", str(file))
 

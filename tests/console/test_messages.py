@@ -13,7 +13,7 @@ from fedjax_qp.models import models
 from fedjax_qp.models.language import gguf, pretrained_config, rotary
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports.compare import load_runs
-from fedjax_qp.runs import record_file
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.settings.strict import read_text
 
 LONG, HUGE = "a\nb" * 10_000, 10**5000  # a text of many lines, a number that Python does not write out
@@ -64,18 +64,18 @@ def of_class_names(folder: Path) -> None:
 
 
 def of_round(folder: Path) -> None:
-    (folder / record_file.FILE).write_text(json.dumps({"round": LONG}) + "\n")
-    record_file.read(folder)
+    RunFolder(folder).records_file.write_text(json.dumps({"round": LONG}) + "\n")
+    RunFolder(folder).records()
 
 
 def of_number(folder: Path) -> None:
-    (folder / record_file.FILE).write_text(json.dumps({"round": 1, LONG: "x"}) + "\n")
-    record_file.read(folder)
+    RunFolder(folder).records_file.write_text(json.dumps({"round": 1, LONG: "x"}) + "\n")
+    RunFolder(folder).records()
 
 
 def of_settings(folder: Path) -> None:
-    (folder / record_file.FILE).write_text("")
-    (folder / "config.yaml").write_text(f"name: a\nseed: 0x1{'0' * 5000}\nrounds: {json.dumps(LONG)}\n")
+    RunFolder(folder).records_file.write_text("")
+    RunFolder(folder).config_file.write_text(f"name: a\nseed: 0x1{'0' * 5000}\nrounds: {json.dumps(LONG)}\n")
     load_runs([folder])
 
 

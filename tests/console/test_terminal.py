@@ -16,6 +16,7 @@ from fedjax_qp import config
 from fedjax_qp.console import terminal
 from fedjax_qp.console.terminal import OutlivingStream, guarded, listening
 from fedjax_qp.runs import record_file
+from fedjax_qp.runs.folder import RunFolder
 
 # A signal that is ignored stays so in child processes, and tests that run in the background, or with nohup, ignore some.
 HEARING = """
@@ -77,7 +78,7 @@ def wait_for_rounds(folder: Path, rounds: int) -> None:
     end = time.monotonic() + 240
     while time.monotonic() < end:
         with contextlib.suppress(FileNotFoundError):
-            if (folder / "records.jsonl").read_bytes().count(b"\n") >= rounds:
+            if RunFolder(folder).records_file.read_bytes().count(b"\n") >= rounds:
                 return
         time.sleep(0.01)
     pytest.fail("no rounds in time")
@@ -91,7 +92,7 @@ def test_a_closed_terminal_ends_a_run_in_order(tmp_path):
     process.send_signal(signal.SIGHUP)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 130 and "SIGHUP: finishing this chunk" in output
-    assert record_file.gap(record_file.read(folder)) is None
+    assert record_file.gap(RunFolder(folder).records()) is None
 
 
 def test_a_second_signal_leaves_at_once_and_says_what_is_kept(tmp_path):
@@ -100,7 +101,7 @@ def test_a_second_signal_leaves_at_once_and_says_what_is_kept(tmp_path):
     folder = config.load(file).run_folder
     process = command(["run", str(file), "rounds=30000", "engine.rounds_per_chunk=3000", "evaluation.every=3000"])
     end = time.monotonic() + 240
-    while not (folder / "startup.json").exists() and time.monotonic() < end:
+    while not RunFolder(folder).startup.path.exists() and time.monotonic() < end:
         time.sleep(0.05)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
@@ -124,7 +125,7 @@ def test_a_run_outlives_its_pipe_and_a_full_disk_for_its_output(tmp_path):
     os.close(writing)
     _, error = process.communicate(timeout=240)
     assert (process.returncode, error) == (0, "")
-    assert len(record_file.read(config.load(file).run_folder)) == 4
+    assert len(RunFolder(config.load(file).run_folder).records()) == 4
 
 
 def test_a_terminal_without_unicode_shows_question_marks(tmp_path):

@@ -21,7 +21,7 @@ from fedjax_qp.instruments.replay import mean_cosine
 from fedjax_qp.instruments.settings import NAMES, Settings
 from fedjax_qp.instruments.subject import InspectedRun, load, open_run, state_at, with_update
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import record_file
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import run
 
 SMALL = Settings(
@@ -123,7 +123,7 @@ def test_the_corrected_mutants_are_those_of_the_next_round(runs, inspected):
     subject = load(open_run(runs[0]), 2, SMALL)
     found = mutations.of_next_round(subject)
     update = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(subject.state.server.update)])
-    line = next(line for line in record_file.read(runs[0]) if line["round"] == 3)
+    line = next(line for line in RunFolder(runs[0]).records() if line["round"] == 3)
     for tree, name in zip(found, ("before", "after"), strict=True):
         rows = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(tree)], axis=1)
         cosines = rows @ update / np.linalg.norm(rows, axis=1) / np.linalg.norm(update)
@@ -140,7 +140,7 @@ def test_a_replayed_round_is_the_run_s_own(runs):
 def check_replay(opened: InspectedRun, round: int) -> None:
     found = opened.replay(state_at(opened, round))
     assert worst_difference(found.server, state_at(opened, round + 1).server) < 1e-4
-    (line,) = (line for line in record_file.read(opened.folder) if line["round"] == round + 1)
+    (line,) = (line for line in RunFolder(opened.folder).records() if line["round"] == round + 1)
     assert len(found.clients) == line["reporting"]
     if line["reporting"] > 1:
         recorded = line["update/cosine_between_clients"]
@@ -150,7 +150,7 @@ def check_replay(opened: InspectedRun, round: int) -> None:
 def test_accuracy_of_clients(runs, inspected):
     for folder in runs:
         result = numbers(folder, "fairness")
-        line = record_file.read(folder)[-1]
+        line = RunFolder(folder).records()[-1]
         for name, quantile in (("q10", "q10"), ("worst", "min"), ("median", "q50"), ("mean", "mean")):
             assert result["mixture"]["spread"][name] == pytest.approx(line["client_accuracy"][quantile], abs=1e-6)
         experiment = open_run(folder).experiment
@@ -215,7 +215,7 @@ def test_other_folders_are_refused(tmp_path):
 
 def test_runs_of_language_models_are_refused(tmp_path):
     text = "{name: x, data: dolly, partition: natural, model: smollm2, algorithm: fedit}"
-    (tmp_path / "config.yaml").write_text(text)
+    RunFolder(tmp_path).config_file.write_text(text)
     with pytest.raises(ConfigurationError, match="language model"):
         inspect_runs([tmp_path])
 

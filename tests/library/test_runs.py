@@ -12,7 +12,7 @@ from support.runs import SMALL
 import fedjax_qp as fq
 from fedjax_qp.cli import main
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.record_file import FILE
+from fedjax_qp.runs.folder import RunFolder
 
 METHODS = {"FedAvg": fq.fedavg(weighting="uniform"), "FedQP": fq.fedqp(form="nearest", alpha=1.0)}
 
@@ -62,7 +62,8 @@ def test_records_are_those_of_the_command_line(runs, tmp_path):
         main(["run", str(tmp_path / "run.yaml"), "--seeds", "0", "1"])
     assert ended.value.code == 0
     for mine, seed in zip(runs.folders[2:], (0, 1), strict=True):
-        assert (mine / FILE).read_bytes() == (tmp_path / "runs" / f"FedQP-seed{seed}" / FILE).read_bytes()
+        same = RunFolder(tmp_path / "runs" / f"FedQP-seed{seed}")
+        assert RunFolder(mine).records_file.read_bytes() == same.records_file.read_bytes()
     loaded = fq.load(tmp_path / "runs")
     mine = runs.frame().query("method == 'FedQP'").reset_index(drop=True)
     pd.testing.assert_frame_equal(loaded.frame(), mine[loaded.frame().columns])
@@ -178,7 +179,7 @@ def test_clients_one_by_one(tmp_path):
         "accuracy": {"mean": 0.5, "clients": [0.75, None, 0.25]},
     }
     lines = [{"round": 1, "train_loss": 1.0}, {"round": 2, "personal": views, "tuned": views | {"nonfinite": [2]}}]
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunFolder(folder).records_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     clients = fq.load(folder).clients()
     assert list(clients.columns) == ["method", "seed", "round", "view", "client", "loss", "accuracy"]
     assert clients["client"].tolist() == [0, 1, 2, 0, 1, 2]

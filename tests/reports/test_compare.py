@@ -14,8 +14,7 @@ from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports import personal as compare_personal
 from fedjax_qp.reports.compare import Spread
 from fedjax_qp.reports.personal import personal_grid, personal_json, personal_markdown, personal_summary, personal_table
-from fedjax_qp.runs import watched
-from fedjax_qp.runs.record_file import FILE
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.watch import Watch
 
 
@@ -80,7 +79,7 @@ def test_what_a_method_wants_shown_is_a_column_of_means_over_rounds(tmp_path):
     folder, other = made_run(tmp_path, "fedqp", 0, [0.5], watches), made_run(tmp_path, "fedavg", 0, [0.25])
     drifts = [0.25, None, 0.75]
     lines = [{"round": n, "mutation/drift": drift} for n, drift in enumerate(drifts, 1)]
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunFolder(folder).records_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     rows = compare.summary(compare.load_runs([folder, other]))
     assert [row.watched for row in rows] == [{"drift": Spread(0.5, None, 1)}, {}]
     assert rows[0].accuracy is None
@@ -92,9 +91,9 @@ def test_a_run_whose_folder_says_nothing_of_it_has_no_such_column(tmp_path):
     folder = made_run(tmp_path, "fedqp", 0, [0.5], (Watch("test_accuracy", "drift"),))
     assert "drift" in rendering.grid(compare.summary(compare.load_runs([folder])))[0]
     for damaged in ("{", "[]", '{"watched": 3}', '{"watched": [{"metric": 3}]}', '{"watched": [{"label": "drift"}]}'):
-        (folder / watched.FILE).write_text(damaged)
+        RunFolder(folder).watched.path.write_text(damaged)
         assert "drift" not in rendering.grid(compare.summary(compare.load_runs([folder])))[0]
-    (folder / watched.FILE).unlink()
+    RunFolder(folder).watched.path.unlink()
     assert "drift" not in rendering.grid(compare.summary(compare.load_runs([folder])))[0]
 
 
@@ -194,7 +193,7 @@ def language_run(root: Path, seed: int, perplexities: list[float | None], name: 
         spread = {"mean": perplexity, "min": 2.0, "max": perplexity, "clients": [2.0, perplexity]}
         view = {"perplexity": spread, "loss": spread} | ({"nonfinite": [1]} if perplexity is None else {})
         lines.append({"round": number, "test_loss": 1.0, "test_accuracy": 0.25, "personal": view})
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunFolder(folder).records_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -233,7 +232,7 @@ def image_run(root: Path, name: str, seed: int, accuracy: float) -> Path:
     folder = made_run(root, name, seed, [0.5])
     spread = {"mean": accuracy, "min": accuracy - 0.2, "max": 1.0}
     line = {"round": 1, "test_loss": 1.0, "test_accuracy": 0.5, "personal": {"accuracy": spread, "loss": spread}}
-    (folder / FILE).write_text(json.dumps(line) + "\n")
+    RunFolder(folder).records_file.write_text(json.dumps(line) + "\n")
     return folder
 
 
@@ -262,13 +261,13 @@ def test_traffic_is_a_mean_over_all_reports_of_a_run(tmp_path):
     folders = [image_run(tmp_path, "a", seed, 0.5) for seed in (0, 1)]
     rounds = [[(4, 100), (1, 200), (0, None)], [(1, 40)]]
     for folder, of_round in zip(folders, rounds, strict=True):
-        lines = json.loads((folder / FILE).read_text())
+        lines = json.loads(RunFolder(folder).records_file.read_text())
         counts = ("client/upload_bytes", "client/download_bytes", "client/trained_entries")
         written = [
             json.dumps(lines | {"round": n, "reporting": reporting, **dict.fromkeys(counts, value)})
             for n, (reporting, value) in enumerate(of_round, 1)
         ]
-        (folder / FILE).write_text("\n".join(written) + "\n")
+        RunFolder(folder).records_file.write_text("\n".join(written) + "\n")
     (row,) = personal_summary(compare.load_runs(folders))
     assert (row.upload_bytes, row.download_bytes, row.trained_entries) == (80, 80, 80)  # of 120 and 40
     (alone,) = personal_summary(compare.load_runs(folders[:1]))
@@ -324,7 +323,7 @@ def test_names_are_no_markup(tmp_path):
 )
 def test_damaged_configurations_are_named_in_one_line(tmp_path, content, message):
     folder = made_run(tmp_path, "a", 0, [0.5])
-    (folder / "config.yaml").write_bytes(content)
+    RunFolder(folder).config_file.write_bytes(content)
     with pytest.raises(ConfigurationError, match=message) as error:
         compare.load_runs([folder])
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
@@ -337,13 +336,13 @@ def test_the_short_form_of_a_part_is_read(tmp_path):
 
 def test_runs_that_are_not_whole_are_named(tmp_path):
     folders = [made_run(tmp_path, "a", seed, [0.5, 0.5], rounds=2) for seed in range(4)]
-    (folders[1] / "failure.json").write_text("{}")
-    (folders[2] / "records.jsonl").write_text((folders[2] / "records.jsonl").read_text().splitlines()[0] + "\n")
-    (folders[3] / "records.jsonl").write_text("")
+    RunFolder(folders[1]).failure.path.write_text("{}")
+    RunFolder(folders[2]).records_file.write_text(RunFolder(folders[2]).records_file.read_text().splitlines()[0] + "\n")
+    RunFolder(folders[3]).records_file.write_text("")
     (row,) = compare.summary(compare.load_runs(folders))
     assert row.unfinished == ["seed 1 diverged after 2 rounds", "seed 2 has 1 of 2 rounds", "seed 3 has 0 of 2 rounds"]
     assert "Incomplete: a, seed 1 diverged after 2 rounds, seed 2" in rendering.to_markdown([row])
-    (folders[2] / "ended.json").write_text("{}")  # it stopped early, as it was told to
+    RunFolder(folders[2]).end.path.write_text("{}")  # it stopped early, as it was told to
     assert "seed 2" not in str(compare.summary(compare.load_runs(folders))[0].unfinished)
 
 
@@ -394,9 +393,9 @@ def test_mistakes_are_named(tmp_path, three_seeds_each):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigurationError, match=r"no records\.jsonl"):
         compare.load_runs([tmp_path / "empty"])
-    (tmp_path / "empty" / FILE).write_text("")
+    RunFolder(tmp_path / "empty").records_file.write_text("")
     with pytest.raises(ConfigurationError, match=r"no config\.yaml"):
         compare.load_runs([tmp_path / "empty"])
-    (tmp_path / "empty" / "config.yaml").write_text("[]")
+    RunFolder(tmp_path / "empty").config_file.write_text("[]")
     with pytest.raises(ConfigurationError, match="not the configuration of a run"):
         compare.load_runs([tmp_path / "empty"])

@@ -14,7 +14,7 @@ from fedjax_qp.cli import main
 from fedjax_qp.experiment import defaults
 from fedjax_qp.reports import compare, rendering
 from fedjax_qp.reports.html import run_page, run_warnings, write_report
-from fedjax_qp.runs.record_file import FILE
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.watch import Watch
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> --> $\\frac{'
@@ -49,7 +49,7 @@ def written(folders: list[Path], output: Path, **options) -> Parsed:
 
 
 def change(folder: Path, **settings) -> Path:
-    file = folder / "config.yaml"
+    file = RunFolder(folder).config_file
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), **settings}))
     return folder
 
@@ -62,9 +62,9 @@ def hostile(tmp_path) -> list[Path]:
         for name, level in (("a", 0.55), ("b", 0.6))
         for seed in (0, 1)
     ]
-    (folders[0] / "failure.json").write_text(json.dumps({"message": HOSTILE}))
-    (folders[0] / "environment.json").write_text(json.dumps({"packages": {HOSTILE: HOSTILE}, "commit": HOSTILE}))
-    (folders[0] / "partition.png").write_bytes(b"made")
+    RunFolder(folders[0]).failure.path.write_text(json.dumps({"message": HOSTILE}))
+    RunFolder(folders[0]).environment.path.write_text(json.dumps({"packages": {HOSTILE: HOSTILE}, "commit": HOSTILE}))
+    RunFolder(folders[0]).partition_figure.write_bytes(b"made")
     return folders
 
 
@@ -132,7 +132,7 @@ def test_what_a_reader_must_know_is_said(tmp_path, expected):
         Watch("qp/none", limit=0.0),
     )
     folder = made_run(tmp_path, "a", 0, [0.5, 0.5, 0.5], watches, rounds=3)
-    lines = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    lines = [json.loads(line) for line in RunFolder(folder).records_file.read_text().splitlines()]
     (run,) = compare.load_runs([folder])
     assert run_warnings(run) == []
     for line, size in zip(lines, given, strict=False) if isinstance(given, list) else ():
@@ -147,9 +147,9 @@ def test_unfinished_diverged_and_unclean_runs_are_named(tmp_path):
     folder = made_run(tmp_path, "a", 0, [0.5], rounds=9)
     (run,) = compare.load_runs([folder])
     assert run_warnings(run) == ["Unfinished: 1 of 9 rounds."]
-    (folder / "ended.json").write_text('{"reason": "no progress", "round": 1}')
+    RunFolder(folder).end.path.write_text('{"reason": "no progress", "round": 1}')
     assert run_warnings(run) == []
-    (folder / "failure.json").write_text('{"message": "loss is inf in round 2"}')
+    RunFolder(folder).failure.path.write_text('{"message": "loss is inf in round 2"}')
     assert run_warnings(run) == ["The run diverged. loss is inf in round 2"]
     assert "local changes" in run_warnings(run, {"commit": "0123-dirty"})[1]
 
@@ -158,7 +158,7 @@ def test_times_leave_the_start_out_of_a_round(tmp_path):
     folder = made_run(tmp_path, "a", 0, [0.5])
     chunks = [(10, True), (2, False), (4, False), (2, False)]
     lines = [{"round": 2, "rounds": 2, "seconds": seconds, "first": first} for seconds, first in chunks]
-    (folder / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"round"')
+    RunFolder(folder).times.path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"round"')
     (run,) = compare.load_runs([folder])
     timing = dict(run_page(run, tmp_path / "page.html").timing)
     assert timing == {
@@ -230,7 +230,7 @@ def test_perplexity_is_the_headline_of_a_language_run(tmp_path):
         "test_accuracy": 0.25,
         "personal": {"perplexity": spread, "accuracy": spread},
     }
-    (folder / FILE).write_text(json.dumps(line) + "\n")
+    RunFolder(folder).records_file.write_text(json.dumps(line) + "\n")
     (run,) = compare.load_runs([folder])
     facts = run_page(run, tmp_path / "page.html").facts
     assert (facts[0].label, facts[0].value) == ("Perplexity, aggregated", "7.25")

@@ -22,8 +22,8 @@ from fedjax_qp.models.language.peft import import_adapter
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.reports import compare
 from fedjax_qp.reports.personal import has_personal, personal_json, personal_markdown, personal_summary
-from fedjax_qp.runs import record_file
 from fedjax_qp.runs.export import answer, client_params, export_clients
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import restore, resume, run
 
 ENTRIES = 2 * 2 * ((16 + 16) + (16 + 8))  # layers · rank · (in + out) of q_proj and v_proj, rank 2
@@ -50,7 +50,7 @@ def finished(place):
 
 def test_both_train_equally_many_entries_and_test_every_client_twice(finished):
     for folder in finished:
-        last = record_file.read(folder)[-1]
+        last = RunFolder(folder).records()[-1]
         assert last["client/trained_entries"] == ENTRIES
         for view in ("personal", "tuned"):
             perplexity = last[view]["perplexity"]
@@ -58,14 +58,14 @@ def test_both_train_equally_many_entries_and_test_every_client_twice(finished):
             assert perplexity["min"] > 1 and np.isfinite(perplexity["max"])
             assert perplexity["unseen"] is None
         assert last["personal"]["perplexity"]["mean"] != last["tuned"]["perplexity"]["mean"]
-    first, second = record_file.read(finished[0])
+    first, second = RunFolder(finished[0]).records()
     assert first["client/upload_bytes"] == 4 * ENTRIES + np.ceil(2 * ENTRIES / 8)  # values, and the mask once
     assert second["client/upload_bytes"] == second["client/download_bytes"] == 4 * ENTRIES
 
 
 def test_training_lowers_the_loss(place):
     outcome = run(made(place, name="longer", algorithm="fedit", rounds=6), Console(quiet=True))
-    losses = [line["train_loss"] for line in record_file.read(outcome.folder)]
+    losses = [line["train_loss"] for line in RunFolder(outcome.folder).records()]
     assert losses[-1] < losses[0] - 0.05
 
 
@@ -75,7 +75,7 @@ def test_resumed_perfit_is_bitwise_the_uninterrupted_one(place, finished):
     whole, halves = (restore(one)[1] for one in (finished[0], folder))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(halves), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert record_file.read(folder) == record_file.read(finished[0])
+    assert RunFolder(folder).records() == RunFolder(finished[0]).records()
 
 
 @pytest.mark.slow
@@ -92,12 +92,12 @@ def test_killed_perfit_resumes_bitwise(place, tmp_path, rounds):
     wait_for_rounds(process, folder, rounds)
     process.kill()
     process.communicate()
-    assert len(record_file.read(folder)) < 40
+    assert len(RunFolder(folder).records()) < 40
     resume(folder, [], Console(quiet=True))
     first, second = (jax.tree.leaves(restore(one)[1]) for one in (whole, folder))
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert record_file.read(folder) == record_file.read(whole)
+    assert RunFolder(folder).records() == RunFolder(whole).records()
 
 
 def test_every_client_leaves_with_its_own_adapter(place, finished, tmp_path):

@@ -20,7 +20,7 @@ import pytest
 import yaml
 from support.runs import SMALL
 
-from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -106,7 +106,7 @@ CASES = {
 
 def start(case: Case, folder: Path) -> subprocess.Popen:
     """Begins a command, or continues it; in a session of its own, so that a kill takes its workers too."""
-    begun = case.resume is not None and (folder / case.runs[0] / "config.yaml").exists()
+    begun = case.resume is not None and RunFolder(folder / case.runs[0]).holds_run()
     arguments = case.resume if begun and case.resume is not None else case.begin
     package = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")])}
@@ -137,7 +137,7 @@ def lines(case: Case, folder: Path) -> int:
     total = 0
     for run in case.runs:
         with contextlib.suppress(FileNotFoundError):
-            total += (folder / run / "records.jsonl").read_bytes().count(b"\n")
+            total += RunFolder(folder / run).records_file.read_bytes().count(b"\n")
     return total
 
 
@@ -159,11 +159,11 @@ def kill(case: Case, folder: Path, numbers: np.random.Generator, starting: float
 
 def contents(folder: Path) -> tuple[bytes, dict[int, dict[str, bytes]]]:
     """A run's records and the leaves of all its checkpoints."""
-    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
+    with RunFolder(folder).checkpoints() as checkpoints:
         read = checkpoints._worker.submit  # orbax works in that thread
         states = {round: read(checkpoints._read, round).result() for round in checkpoints.rounds()}
     leaves = {round: {name: leaf.tobytes() for name, leaf in state.items()} for round, state in states.items()}
-    return (folder / "records.jsonl").read_bytes(), leaves
+    return RunFolder(folder).records_file.read_bytes(), leaves
 
 
 @pytest.fixture(scope="module")

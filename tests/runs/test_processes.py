@@ -12,9 +12,9 @@ from support.runs import final_state, quiet, wait_for_rounds, write
 
 from fedjax_qp import config
 from fedjax_qp.experiment import build
-from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import processes, record_file
+from fedjax_qp.runs import processes
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import run
 
 
@@ -51,7 +51,7 @@ def finish(started: list[subprocess.Popen]) -> None:
 
 def assert_same(first: Path, second: Path, rounds: int) -> None:
     """Each round written once; after one round the same but for the order of sums, later ones within grown rounding."""
-    lines, expected = record_file.read(first), record_file.read(second)
+    lines, expected = RunFolder(first).records(), RunFolder(second).records()
     assert [line["round"] for line in lines] == list(range(1, rounds + 1))
     losses = [[line["train_loss"] for line in both] for both in (lines, expected)]
     np.testing.assert_allclose(losses[0][:2], losses[1][:2], rtol=1e-5)
@@ -98,7 +98,7 @@ def test_two_processes_survive_a_kill(tmp_path):
         for process in started:
             process.kill()
             process.communicate()
-    assert len(record_file.read(folder)) < 40
+    assert len(RunFolder(folder).records()) < 40
     finish(start_two(8, ["resume", str(folder)]))
     assert_same(folder, whole, 40)
 
@@ -146,7 +146,7 @@ def test_two_processes_leave_a_run_alone_that_another_continues(tmp_path):
     file = write(tmp_path, algorithm="fedavg")
     finish(start_two(4, ["run", str(file), *settings(4, 2)]))
     folder = config.load(file).run_folder
-    with lock_folder(folder, "run.lock", "continues"):
+    with RunFolder(folder).lock():
         started = start_two(4, ["resume", str(folder), "rounds=4"])
         outputs = [process.communicate(timeout=100)[0] for process in started]
     assert [process.returncode for process in started] == [2, 2], outputs

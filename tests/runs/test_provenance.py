@@ -14,7 +14,8 @@ from fedjax_qp.instruments.subject import open_run
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import provenance as module
 from fedjax_qp.runs.environment import environment
-from fedjax_qp.runs.provenance import FILE, Provenance, provenance
+from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.provenance import Provenance, provenance
 from fedjax_qp.runs.run import restore, resume, run
 from fedjax_qp.runs.together import run_together
 
@@ -45,14 +46,14 @@ def loaded(tmp_path):
 
 def test_other_data_under_the_same_name_are_refused(tmp_path, loaded):
     folder = run(loaded, QUIET).folder
-    before = (folder / "records.jsonl").read_bytes()
+    before = RunFolder(folder).records_file.read_bytes()
     write_images(tmp_path / "mine.npz", seed=1)
     message = "begun with other content: .*training examples.* differ .*mine.npz.*[Rr]estore"
     for use in (
         lambda: resume(folder, ["rounds=4"], QUIET),
         lambda: restore(folder),
         lambda: open_run(folder),
-        lambda: run_together([config.load(folder / "config.yaml", ["rounds=4"])], QUIET),
+        lambda: run_together([RunFolder(folder).config(["rounds=4"])], QUIET),
     ):
         with pytest.raises(ConfigurationError, match="mine.npz"):
             use()
@@ -61,9 +62,9 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, loaded):
     with pytest.raises(
         ConfigurationError, match="data differs from what .*seed0"
     ):  # another seed, to be compared with it
-        run_together([config.load(folder / "config.yaml", [f"seed={seed}"]) for seed in (0, 1)], QUIET)
+        run_together([RunFolder(folder).config([f"seed={seed}"]) for seed in (0, 1)], QUIET)
     assert not (folder.parent / "small-seed1").exists()
-    assert (folder / "records.jsonl").read_bytes() == before
+    assert RunFolder(folder).records_file.read_bytes() == before
     write_images(tmp_path / "mine.npz")
     assert resume(folder, ["rounds=4"], QUIET).rounds == 4
 
@@ -95,7 +96,7 @@ def test_sizes_of_evaluation_batches_are_no_content(loaded):
 
 def test_a_run_of_an_earlier_version_is_said_once_to_be_unchecked(tmp_path, loaded, capsys):
     folder = run(loaded, QUIET).folder
-    (folder / FILE).unlink()
+    RunFolder(folder).provenance.path.unlink()
     for rounds, said in ((4, True), (6, False)):
         resume(folder, [f"rounds={rounds}"], Console(width=300))
         assert ("cannot be checked" in capsys.readouterr().out) == said

@@ -11,61 +11,66 @@ from fedjax_qp.runs import record_file
 from fedjax_qp.runs.record_file import Recorder
 
 
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "records.jsonl"
+
+
 def made_records(first: int, last: int) -> list[dict]:
     return [{"round": n, "train_loss": 1 / n, "mutation/cosine_after": [1.0, None]} for n in range(first, last + 1)]
 
 
-def rounds(folder: Path) -> list[int]:
-    return [record["round"] for record in record_file.read(folder)]
+def rounds(path: Path) -> list[int]:
+    return [record["round"] for record in record_file.read(path)]
 
 
-def test_written_records_are_read_back(tmp_path):
-    with Recorder(tmp_path) as recorder:
-        assert record_file.read(tmp_path) == []
+def test_written_records_are_read_back(path):
+    with Recorder(path) as recorder:
+        assert record_file.read(path) == []
         recorder.write(made_records(1, 3))
-        assert record_file.read(tmp_path) == made_records(1, 3)  # on the disk before the file is closed
+        assert record_file.read(path) == made_records(1, 3)  # on the disk before the file is closed
         recorder.write([])
         recorder.write(made_records(4, 5))
     recorder.close()  # again: harmless
-    assert record_file.read(tmp_path) == made_records(1, 5)
+    assert record_file.read(path) == made_records(1, 5)
 
 
 @pytest.mark.parametrize("torn", ['{"round": 6, "train_lo', '{"round": 6, "name": "é'.encode()[:-1], "6", b"\xff"])
-def test_torn_last_line_is_left_out(tmp_path, torn):
-    with Recorder(tmp_path) as recorder:
+def test_torn_last_line_is_left_out(path, torn):
+    with Recorder(path) as recorder:
         recorder.write(made_records(1, 5))
-    with (tmp_path / record_file.FILE).open("ab") as file:
+    with path.open("ab") as file:
         file.write(torn if isinstance(torn, bytes) else torn.encode())
-    assert rounds(tmp_path) == [1, 2, 3, 4, 5]
-    with Recorder(tmp_path, resume_round=5) as recorder:
+    assert rounds(path) == [1, 2, 3, 4, 5]
+    with Recorder(path, resume_round=5) as recorder:
         recorder.write(made_records(6, 6))
-    assert rounds(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert rounds(path) == [1, 2, 3, 4, 5, 6]
 
 
-def test_resume_drops_what_the_checkpoint_does_not_hold(tmp_path):
-    with Recorder(tmp_path) as recorder:
+def test_resume_drops_what_the_checkpoint_does_not_hold(path):
+    with Recorder(path) as recorder:
         recorder.write(made_records(1, 8))
-    whole = (tmp_path / record_file.FILE).read_bytes()
-    with Recorder(tmp_path, resume_round=5) as recorder:
-        assert rounds(tmp_path) == [1, 2, 3, 4, 5]
+    whole = path.read_bytes()
+    with Recorder(path, resume_round=5) as recorder:
+        assert rounds(path) == [1, 2, 3, 4, 5]
         recorder.write(made_records(6, 8))
-    assert (tmp_path / record_file.FILE).read_bytes() == whole
-    with Recorder(tmp_path):  # no checkpoint: from the beginning
-        assert rounds(tmp_path) == []
-    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [record_file.FILE]
+    assert path.read_bytes() == whole
+    with Recorder(path):  # no checkpoint: from the beginning
+        assert rounds(path) == []
+    assert list(path.parent.iterdir()) == [path]
 
 
-def test_damage_before_the_last_line_is_an_error(tmp_path):
-    (tmp_path / record_file.FILE).write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+def test_damage_before_the_last_line_is_an_error(path):
+    path.write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
     with pytest.raises(ConfigurationError, match="line 2"):
-        record_file.read(tmp_path)
+        record_file.read(path)
 
 
-def test_not_a_run_folder(tmp_path):
+def test_not_a_run_folder(path):
     with pytest.raises(ConfigurationError, match=r"no records\.jsonl"):
-        record_file.read(tmp_path)
+        record_file.read(path)
     with pytest.raises(ConfigurationError, match="no such folder"):
-        record_file.read(tmp_path / "absent")
+        record_file.read(path.parent / "absent" / path.name)
 
 
 @pytest.mark.parametrize(
@@ -83,12 +88,6 @@ def test_not_a_run_folder(tmp_path):
 )
 def test_gaps_are_named(found, finished, said):
     assert record_file.gap([{"round": round} for round in found], finished) == said
-
-
-def test_records_reach_at_least_as_far_as_the_newest_checkpoint(tmp_path):
-    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    assert record_file.missing(tmp_path, [{"round": 1}]) == "rounds 2 to 4 of 4 missing"
-    assert record_file.missing(tmp_path, [{"round": n} for n in range(1, 6)]) is None
 
 
 @pytest.mark.parametrize(
@@ -112,16 +111,16 @@ def test_records_reach_at_least_as_far_as_the_newest_checkpoint(tmp_path):
         '{"round": 2, "x": ' + "[" * 100_000,
     ],
 )
-def test_what_is_no_record_is_refused_with_its_line(tmp_path, line):
+def test_what_is_no_record_is_refused_with_its_line(path, line):
     for place, text in ((2, f'{{"round": 1}}\n{line}\n{{"round": 3}}\n'), (2, f'{{"round": 1}}\n{line}\n')):
-        (tmp_path / record_file.FILE).write_text(text)
+        path.write_text(text)
         with pytest.raises(ConfigurationError, match=f"line {place} is not a record") as error:
-            record_file.read(tmp_path)
+            record_file.read(path)
         assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    with Recorder(tmp_path) as recorder:
+def test_a_full_disk_is_one_line(path, monkeypatch):
+    with Recorder(path) as recorder:
         recorder.write(made_records(1, 1))
 
         def full(descriptor: int) -> None:

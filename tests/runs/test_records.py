@@ -8,7 +8,7 @@ import pytest
 
 from fedjax_qp.engine.plan import Lanes, Plan, Preparations
 from fedjax_qp.federated import Cohort
-from fedjax_qp.runs import record_file, record_numbers
+from fedjax_qp.runs import record_numbers
 from fedjax_qp.runs.record_file import Recorder
 from fedjax_qp.runs.records import chunk_records, nonfinite_clients
 
@@ -209,9 +209,8 @@ def test_a_null_of_an_empty_group_of_clients_is_missing_whoever_else_is_not_fini
             assert found is None if expected is None else found == pytest.approx(expected, nan_ok=True)
 
 
-def test_same_records_give_the_same_bytes(tmp_path):
+def test_same_metrics_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
         with Recorder(tmp_path / name) as recorder:
             recorder.write(chunk_records(made_metrics(), made_plan(), 0, SHARES))
-    assert (tmp_path / "a" / record_file.FILE).read_bytes() == (tmp_path / "b" / record_file.FILE).read_bytes()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != b""

@@ -1,7 +1,6 @@
 """A run from configuration to folder; interruption at any point and resumption to the same bits."""
 
 import io
-import json
 import re
 import shutil
 import signal
@@ -15,9 +14,9 @@ from support.runs import assert_bitwise, final_state, quiet, start, wait_for_rou
 
 from fedjax_qp import cli, config
 from fedjax_qp.experiment import advice, build
-from fedjax_qp.files import lock_folder
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import record_file, record_numbers, watched
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.loop import NonFiniteLoss, chunk_bounds, simulate
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import run_together
@@ -33,21 +32,22 @@ def finished(tmp_path_factory) -> Path:
 def test_a_run_leaves_everything_behind(finished):
     names = {path.name for path in finished.iterdir()}
     assert {"config.yaml", "environment.json", "records.jsonl", "checkpoints", "tensorboard", "run.png"} <= names
-    assert json.loads((finished / "environment.json").read_text())["packages"]["jax"] == jax.__version__
-    startup = json.loads((finished / "startup.json").read_text())
+    assert RunFolder(finished).environment.read()["packages"]["jax"] == jax.__version__
+    startup = RunFolder(finished).startup.read()
     assert startup.keys() == {"data", "program"} and min(startup.values()) > 0
-    lines = record_file.read(finished)
+    lines = RunFolder(finished).records()
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     wanted = {"test_accuracy", "test_loss", "class_accuracy", "client_accuracy", "train_loss", "mutation/drift"}
     wanted |= {"qp/residual", "qp/iterations", "qp/failures", "qp/corrected_share", "mutation/cosine_before"}
     wanted |= {"mutation/cosine_after", "update/cosine_between_clients"}
     assert wanted <= lines[-1].keys()
-    assert {watch.metric for watch in watched.read(finished)} <= wanted | {"mutation/drift_largest"} <= lines[-1].keys()
+    watched = {watch.metric for watch in RunFolder(finished).watches()}
+    assert watched <= wanted | {"mutation/drift_largest"} <= lines[-1].keys()
     assert lines[-1]["test_accuracy"] > lines[0]["test_accuracy"]
 
 
 def test_the_solver_ran_inside_the_compiled_round(finished):
-    lines = record_file.read(finished)
+    lines = RunFolder(finished).records()
     assert lines[0]["qp/iterations"] == 0 or lines[0]["mutation/drift"] == 0  # nothing to correct in round 1
     assert all(line["qp/iterations"] >= 1 and line["qp/residual"] <= 1e-4 for line in lines[1:])
     assert all(line["qp/failures"] == 0 for line in lines)  # so the residuals are those of jaxopt's answers
@@ -58,16 +58,16 @@ def test_the_solver_ran_inside_the_compiled_round(finished):
 def test_a_second_run_in_the_same_folder_is_refused(finished):
     for changes, what in (([], "a run: "), (["algorithm=fedavg"], "a run of another algorithm .fedqp.: ")):
         with pytest.raises(ConfigurationError, match=f"already holds {what}.*fedjax-qp resume"):
-            run(config.load(finished / "config.yaml", changes), quiet())
+            run(RunFolder(finished).config(changes), quiet())
 
 
 def test_more_rounds_continue_where_the_run_ended(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "copy")
     outcome = resume(tmp_path / "copy", ["rounds=8"], quiet())
     assert outcome.rounds == 8
-    whole = run(config.load(finished / "config.yaml", ["rounds=8", f"folder={tmp_path}", "name=whole"]), quiet())
+    whole = run(RunFolder(finished).config(["rounds=8", f"folder={tmp_path}", "name=whole"]), quiet())
     assert_bitwise(final_state(tmp_path / "copy"), final_state(whole.folder))
-    assert [line["round"] for line in record_file.read(tmp_path / "copy")] == list(range(1, 9))
+    assert [line["round"] for line in RunFolder(tmp_path / "copy").records()] == list(range(1, 9))
 
 
 DAMAGED_RECORDS = {  # what is left of the lines of four rounds, and where the run can go back to
@@ -86,8 +86,8 @@ DAMAGED_RECORDS = {  # what is left of the lines of four rounds, and where the r
 def test_records_that_do_not_reach_the_checkpoint_are_restored_or_refused(finished, tmp_path, damage):
     kept, back = DAMAGED_RECORDS[damage]
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
-    lines = (finished / "records.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "records.jsonl").write_bytes(b"".join(lines[round - 1] for round in kept))
+    lines = RunFolder(finished).records_file.read_bytes().splitlines(keepends=True)
+    RunFolder(folder).records_file.write_bytes(b"".join(lines[round - 1] for round in kept))
     output = Console(file=io.StringIO(), width=300)
     if back is None:
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -99,14 +99,14 @@ def test_records_that_do_not_reach_the_checkpoint_are_restored_or_refused(finish
         return
     resume(folder, [], output)
     assert f"going back to round {back}" in output.file.getvalue()
-    assert (folder / "records.jsonl").read_bytes() == b"".join(lines)
+    assert RunFolder(folder).records_file.read_bytes() == b"".join(lines)
     assert_bitwise(final_state(folder), final_state(finished))
 
 
 def test_recorded_rounds_are_not_thrown_away_without_a_word(finished, tmp_path):
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     resume(folder, ["rounds=6"], quiet())
-    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(RunFolder(folder).checkpoints_folder)
     with pytest.raises(ConfigurationError, match="has records of 6 rounds, but no checkpoint: restore"):
         resume(folder, [], quiet())
 
@@ -115,10 +115,10 @@ def test_recorded_rounds_are_not_thrown_away_without_a_word(finished, tmp_path):
 def test_a_kill_in_the_first_save_costs_its_rounds_alone(finished, tmp_path, ended):
     """The first save may be the last one too; the mark of the end is written before it."""
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
-    for partial in (folder / "checkpoints").iterdir():
+    for partial in RunFolder(folder).checkpoints_folder.iterdir():
         partial.rename(partial.with_name(f"{partial.name}.partial"))
     if not ended:
-        (folder / "ended.json").unlink()
+        RunFolder(folder).end.remove()
     output = Console(file=io.StringIO(), width=300)
     resume(folder, [], output)
     assert "starting from round 1; the 4 recorded rounds are computed again" in output.file.getvalue()
@@ -129,7 +129,7 @@ def test_records_are_judged_by_the_settings_that_they_were_made_with(finished, t
     """Eight rounds without a checkpoint are few where one is due every four."""
     folder = Path(shutil.copytree(finished, tmp_path / "copy"))
     resume(folder, ["rounds=8", "checkpoints.every_chunks=2"], quiet())
-    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(RunFolder(folder).checkpoints_folder)
     output = Console(file=io.StringIO(), width=300)
     resume(folder, ["checkpoints.every_chunks=1"], output)
     assert "starting from round 1; the 8 recorded rounds are computed again" in output.file.getvalue()
@@ -140,10 +140,10 @@ def test_records_are_judged_by_the_settings_that_they_were_made_with(finished, t
 )
 def test_a_damaged_mark_does_not_end_a_run(finished, tmp_path, content):
     folder = Path(shutil.copytree(finished, tmp_path / "small-seed0"))
-    (folder / "ended.json").write_text(content)
-    (outcome,) = run_together([config.load(folder / "config.yaml", [f"folder={tmp_path}"])], quiet())
+    RunFolder(folder).end.path.write_text(content)
+    (outcome,) = run_together([RunFolder(folder).config([f"folder={tmp_path}"])], quiet())
     assert (outcome.rounds, outcome.reason) == (4, "finished")
-    assert json.loads((folder / "ended.json").read_text()) == {"reason": "finished", "round": 4}
+    assert RunFolder(folder).end.read() == {"reason": "finished", "round": 4}
 
 
 def test_two_starts_at_once_leave_one_run_with_its_own_settings(tmp_path):
@@ -156,9 +156,9 @@ def test_two_starts_at_once_leave_one_run_with_its_own_settings(tmp_path):
     assert sorted(codes) == [0, 2, 2], said
     won = codes.index(0)
     folder = config.load(file).run_folder
-    assert config.load(folder / "config.yaml").local.learning_rate == rates[won]
+    assert RunFolder(folder).config().local.learning_rate == rates[won]
     alone = run(config.load(file, [f"local.learning_rate={rates[won]}", "rounds=2", "name=alone"]), quiet())
-    assert (alone.folder / "records.jsonl").read_bytes() == (folder / "records.jsonl").read_bytes()
+    assert RunFolder(alone.folder).records_file.read_bytes() == RunFolder(folder).records_file.read_bytes()
     assert all(
         "another process" in text or "already holds a run" in text
         for text, code in zip(said, codes, strict=True)
@@ -168,9 +168,9 @@ def test_two_starts_at_once_leave_one_run_with_its_own_settings(tmp_path):
 
 def test_a_misspelt_name_comes_before_what_is_in_the_way(finished):
     with pytest.raises(ConfigurationError, match="did you mean fedavg"):
-        run(config.load(finished / "config.yaml", ["algorithm=fedavgg"]), quiet())
+        run(RunFolder(finished).config(["algorithm=fedavgg"]), quiet())
     with pytest.raises(ConfigurationError, match="name=small-fedavg"):
-        run(config.load(finished / "config.yaml", ["algorithm=fedavg"]), quiet())
+        run(RunFolder(finished).config(["algorithm=fedavg"]), quiet())
 
 
 def test_no_number_is_shown_before_the_first_evaluation(tmp_path):
@@ -213,16 +213,16 @@ def test_a_non_finite_loss_names_round_and_clients_and_keeps_the_last_checkpoint
     )
     with pytest.raises(NonFiniteLoss, match=r"round \d+, clients \[.*\].*learning_rate"):
         run(loaded, quiet())
-    assert record_file.read(loaded.run_folder) == []
+    assert RunFolder(loaded.run_folder).records() == []
     fine = config.load(write(tmp_path, algorithm="fedavg"), ["name=fine"])
     folder = run(fine, quiet()).folder
     before = final_state(folder)
-    text = (folder / "config.yaml").read_text().replace("learning_rate: 0.05", "learning_rate: 1.0e+30")
-    (folder / "config.yaml").write_text(text)
+    text = RunFolder(folder).config_file.read_text().replace("learning_rate: 0.05", "learning_rate: 1.0e+30")
+    RunFolder(folder).config_file.write_text(text)
     with pytest.raises(NonFiniteLoss):
         resume(folder, ["rounds=8"], quiet())
     assert_bitwise(before, final_state(folder))
-    assert len(record_file.read(folder)) == 4
+    assert len(RunFolder(folder).records()) == 4
 
 
 def test_a_divergence_in_the_last_step_is_noticed(tmp_path):
@@ -232,7 +232,7 @@ def test_a_divergence_in_the_last_step_is_noticed(tmp_path):
     )
     with pytest.raises(NonFiniteLoss, match="round 1, clients"):
         run(loaded, quiet())
-    assert json.loads((loaded.run_folder / "failure.json").read_text())["reason"] == "non-finite loss"
+    assert RunFolder(loaded.run_folder).failure.read()["reason"] == "non-finite loss"
 
 
 def test_an_early_stopped_run_stays_stopped(tmp_path):
@@ -281,12 +281,12 @@ def test_settings_without_an_effect_are_named(tmp_path, changes, expected):
 
 def test_a_run_that_another_process_continues_is_left_alone(tmp_path):
     outcome = run(config.load(write(tmp_path), ["rounds=2"]), quiet())
-    before = (outcome.folder / "records.jsonl").read_bytes()
+    before = RunFolder(outcome.folder).records_file.read_bytes()
     message = "another process continues the run in .*: wait for it"
-    with lock_folder(outcome.folder, "run.lock", "continues"), pytest.raises(ConfigurationError, match=message):
+    with RunFolder(outcome.folder).lock(), pytest.raises(ConfigurationError, match=message):
         resume(outcome.folder, ["rounds=4"], quiet())
-    assert (outcome.folder / "records.jsonl").read_bytes() == before
-    assert config.load(outcome.folder / "config.yaml").rounds == 2
+    assert RunFolder(outcome.folder).records_file.read_bytes() == before
+    assert RunFolder(outcome.folder).config().rounds == 2
     assert resume(outcome.folder, ["rounds=4"], quiet()).rounds == 4
 
 
@@ -296,7 +296,7 @@ def test_a_run_may_move_to_a_machine_with_fewer_devices(tmp_path):
     output = Console(file=io.StringIO(), width=200)
     resume(moved.folder, ["rounds=4", "engine.devices=1", "engine.lanes=1"], output)
     assert "up to rounding" in output.file.getvalue()
-    losses = [[line["train_loss"] for line in record_file.read(folder)] for folder in (whole.folder, moved.folder)]
+    losses = [[line["train_loss"] for line in RunFolder(folder).records()] for folder in (whole.folder, moved.folder)]
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
@@ -313,7 +313,7 @@ def test_early_stop_at_the_target_and_without_progress(tmp_path):
     )
     outcome = run(target, quiet())
     assert outcome.reason == "target reached" and outcome.rounds < 40 and outcome.rounds % 2 == 0
-    assert record_numbers.rounds_to_reach(record_file.read(outcome.folder), 0.15) <= outcome.rounds
+    assert record_numbers.rounds_to_reach(RunFolder(outcome.folder).records(), 0.15) <= outcome.rounds
     still = config.load(
         write(tmp_path), ["rounds=40", "local.learning_rate=1e-9", "evaluation.patience=3", "name=still"]
     )
@@ -355,8 +355,8 @@ def test_client_store_on_the_host_gives_the_same_bits(tmp_path):
 
 def test_measured_lanes_are_written_into_the_run_folder(tmp_path):
     outcome = run(config.load(write(tmp_path), ["engine.lanes=auto", "rounds=2"]), quiet())
-    lanes = config.load(outcome.folder / "config.yaml").engine.lanes
-    choice = json.loads((outcome.folder / "lanes.json").read_text())
+    lanes = RunFolder(outcome.folder).config().engine.lanes
+    choice = RunFolder(outcome.folder).lanes.read()
     assert lanes == choice["lanes"] and lanes in [trial["lanes"] for trial in choice["trials"]]
 
 
@@ -381,12 +381,12 @@ def test_kill_and_resume_is_bitwise(tmp_path, uninterrupted, rounds):
     wait_for_rounds(process, folder, rounds)
     process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL and len(record_file.read(folder)) < 60
+    assert process.returncode == -signal.SIGKILL and len(RunFolder(folder).records()) < 60
     resumed = start(["resume", str(folder)])
     output, _ = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, output
     assert_bitwise(final_state(uninterrupted), final_state(folder))
-    assert record_file.read(folder) == record_file.read(uninterrupted)
+    assert RunFolder(folder).records() == RunFolder(uninterrupted).records()
 
 
 def test_sigterm_finishes_the_chunk_and_says_how_to_resume(tmp_path, uninterrupted):
@@ -399,7 +399,7 @@ def test_sigterm_finishes_the_chunk_and_says_how_to_resume(tmp_path, uninterrupt
     assert process.returncode == 130, output
     assert "SIGTERM" in output and re.search(r"fedjax-qp resume\s+\S+", output)
     done = int(final_state(folder).round)
-    assert done == len(record_file.read(folder)) and done >= 10
+    assert done == len(RunFolder(folder).records()) and done >= 10
 
 
 def test_errors_end_with_one_line_and_status_two(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,7 @@ from fedjax_qp.engine.chunk import run_chunks
 from fedjax_qp.engine.plan import plan_together
 from fedjax_qp.experiment import build, first_state, join_states
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import record_file
-from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import groups, run_together
 
@@ -142,7 +140,7 @@ def four(tmp_path_factory) -> list[Config]:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line[name] for line in record_file.read(folder) for name in ("train_loss", "test_loss")]
+    return [line[name] for line in RunFolder(folder).records() for name in ("train_loss", "test_loss")]
 
 
 def test_runs_together_leave_the_records_of_runs_alone(four, tmp_path):
@@ -154,10 +152,10 @@ def test_runs_together_leave_the_records_of_runs_alone(four, tmp_path):
 
 
 def test_finished_runs_are_kept(four):
-    before = {one.run_folder: (one.run_folder / "records.jsonl").stat().st_mtime_ns for one in four}
+    before = {one.run_folder: RunFolder(one.run_folder).records_file.stat().st_mtime_ns for one in four}
     outcomes = run_together(four, QUIET)
     assert {outcome.reason for outcome in outcomes} == {"finished"}
-    assert before == {one.run_folder: (one.run_folder / "records.jsonl").stat().st_mtime_ns for one in four}
+    assert before == {one.run_folder: RunFolder(one.run_folder).records_file.stat().st_mtime_ns for one in four}
 
 
 def test_another_configuration_does_not_take_over_a_folder(four):
@@ -175,7 +173,7 @@ def test_runs_are_continued_together_and_alone(four, tmp_path):
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "enough")] * 3
     assert run_together(configs, QUIET) == outcomes  # ended is ended
     for one in configs:
-        (one.run_folder / "ended.json").unlink()
+        RunFolder(one.run_folder).end.remove()
     for go_on in (
         lambda output: run_together(configs[:2], output),
         lambda output: resume(configs[2].run_folder, console=output),
@@ -193,17 +191,17 @@ def test_runs_are_continued_together_and_alone(four, tmp_path):
 def test_more_rounds_are_noted_and_an_interruption_ends_what_follows(tmp_path):
     one, other = some_runs(tmp_path, "two", rounds=2)[:2]
     run_together([one], QUIET)
-    assert not (one.run_folder / "together.json").exists()
+    assert not RunFolder(one.run_folder).program.exists()
     longer = [dataclasses.replace(each, rounds=6) for each in (one, other)]
     calls = iter([None, "interrupted"])
     outcomes = run_together(longer, QUIET, stop=lambda run, history: next(calls))
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "interrupted"), (4, "interrupted")]
-    assert config.load(one.run_folder / "config.yaml").rounds == 6
+    assert RunFolder(one.run_folder).config().rounds == 6
     assert [outcome.rounds for outcome in run_together(longer, QUIET)] == [6, 6]
 
 
 def test_common_times_are_marked_as_such(four):
-    marks = [json.loads((one.run_folder / "together.json").read_text()) for one in four]
+    marks = [RunFolder(one.run_folder).program.read() for one in four]
     assert [mark.pop("place") for mark in marks] == [0, 1, 2, 3]
     assert len({mark.pop("program") for mark in marks}) == 1
     assert marks == [{"runs": 4, "lanes": 2, "devices": 1}] * 4
@@ -215,10 +213,10 @@ def test_a_run_of_several_that_goes_on_alone_measures_its_lanes_once(tmp_path):
     configs = [config.load(file, [f"seed={seed}", "engine.lanes=auto"]) for seed in (0, 1)]
     run_together(configs, QUIET, stop=lambda run, history: "enough")
     folder = configs[0].run_folder
-    assert config.load(folder / "config.yaml").engine.lanes == "auto"
+    assert RunFolder(folder).config().engine.lanes == "auto"
     resume(folder, console=QUIET)
-    lanes = config.load(folder / "config.yaml").engine.lanes
-    assert isinstance(lanes, int) and json.loads((folder / "lanes.json").read_text())["lanes"] == lanes
+    lanes = RunFolder(folder).config().engine.lanes
+    assert isinstance(lanes, int) and RunFolder(folder).lanes.read()["lanes"] == lanes
 
 
 def test_one_that_stops_leaves_the_others_as_they_are(four, tmp_path):
@@ -251,7 +249,7 @@ def test_one_that_diverges_leaves_the_others_as_they_are(four, tmp_path):
     broken, fine = run_together(configs, QUIET)
     assert (broken.reason, fine.reason) == ("diverged", "finished")
     assert "training loss is not finite in round" in str(broken.error)
-    assert json.loads((broken.folder / "failure.json").read_text())["reason"] == "non-finite loss"
+    assert RunFolder(broken.folder).failure.read()["reason"] == "non-finite loss"
     np.testing.assert_allclose(losses(fine.folder), losses(four[0].run_folder), rtol=1e-4)
 
 
@@ -262,9 +260,9 @@ class Killed(Exception):
 def contents(one: Config) -> tuple[bytes, dict[int, list[np.ndarray]]]:
     """A run's records and the leaves of all its checkpoints."""
     like = first_state(build(one))
-    with Checkpoints(one.run_folder / "checkpoints", keep=2) as checkpoints:
+    with RunFolder(one.run_folder).checkpoints() as checkpoints:
         states = {round: jax.tree.leaves(checkpoints.restore_round(like, round)) for round in checkpoints.rounds()}
-    return (one.run_folder / "records.jsonl").read_bytes(), states
+    return RunFolder(one.run_folder).records_file.read_bytes(), states
 
 
 def assert_same_bits(found: Config, expected: Config) -> None:
@@ -322,7 +320,7 @@ def test_a_kill_between_two_saves_changes_no_bit(whole, tmp_path, kills):
     assert [outcome.reason for outcome in outcomes] == ["finished", "hopeless", "finished", "finished", "diverged"]
     for found, expected in zip(configs[:4], whole[:4], strict=True):
         assert_same_bits(found, expected)
-    assert (configs[4].run_folder / "records.jsonl").read_bytes() == b""
+    assert RunFolder(configs[4].run_folder).records_file.read_bytes() == b""
 
 
 def test_runs_without_a_common_checkpoint_say_that_they_go_on_apart(tmp_path, capsys):
@@ -330,7 +328,7 @@ def test_runs_without_a_common_checkpoint_say_that_they_go_on_apart(tmp_path, ca
     outcomes = run_together(configs, QUIET, stop=lambda run, history: "interrupted" if len(history) == 6 else None)
     assert [outcome.reason for outcome in outcomes] == ["interrupted"] * 2
     for one, round in zip(configs, (4, 6), strict=True):
-        shutil.rmtree(one.run_folder / "checkpoints" / str(round))
+        shutil.rmtree(RunFolder(one.run_folder).checkpoints_folder / str(round))
     outcomes = run_together(configs, Console(width=300))
     assert [outcome.rounds for outcome in outcomes] == [8, 8]
     assert "have no checkpoint of one round" in capsys.readouterr().out

@@ -20,7 +20,8 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 
 from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import record_file, trackers
+from fedjax_qp.runs import trackers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import resume, run
 from fedjax_qp.runs.together import groups
 from fedjax_qp.runs.trackers import Trackers, check_trackers
@@ -45,7 +46,7 @@ def events(path: Path) -> list[Event]:
 
 def board(folder: Path) -> list[tuple[list[int], list[tuple[int, str, float]]]]:
     """Of each event file, in order: the steps it purges from, and its scalars."""
-    files = sorted((folder / "tensorboard").iterdir(), key=lambda path: path.name.rsplit("after", 1)[1])
+    files = sorted(RunFolder(folder).tensorboard.iterdir(), key=lambda path: path.name.rsplit("after", 1)[1])
     found = []
     for all_events in map(events, files):
         scalars = [(e.step, value.tag, value.simple_value) for e in all_events for value in e.summary.value]
@@ -69,7 +70,7 @@ def test_tensorboard_holds_the_scalars_and_purges_on_resume(tmp_path):
 def test_tensorboard_that_is_turned_on_later_gets_the_past(tmp_path):
     off = config.load(write(tmp_path), ["tracking.tensorboard=false"])
     Trackers(off, tmp_path, [], fails).write(made_records(1, 2))
-    assert not (tmp_path / "tensorboard").exists()
+    assert not RunFolder(tmp_path).tensorboard.exists()
     opened = Trackers(config.load(write(tmp_path)), tmp_path, made_records(1, 2), fails)
     opened.write(made_records(3, 3))
     opened.close("finished")
@@ -153,7 +154,7 @@ def test_mlflow_holds_every_round_once_in_one_run(interrupted):
     with closing(sqlite3.connect(folder.parent / "mlflow.db")) as database:
         ((id, name, status),) = database.execute("SELECT run_uuid, name, status FROM runs").fetchall()
         assert (name, status) == ("tracked-seed0", "FINISHED")
-        assert id == json.loads((folder / trackers.FILE).read_text())["mlflow"]["id"]
+        assert id == RunFolder(folder).trackers.read()["mlflow"]["id"]
         losses = database.execute("SELECT step, value FROM metrics WHERE key = 'train_loss' ORDER BY step").fetchall()
         assert losses == [(n, pytest.approx(1 / n)) for n in range(1, 6)]
         assert {key for (key,) in database.execute("SELECT key FROM metrics")} == {"train_loss", "client_accuracy/q10"}
@@ -195,7 +196,7 @@ def test_wandb_holds_every_round_once_in_one_run(interrupted):
             if record.HasField("history"):
                 row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
                 losses.append((int(row["_step"]), float(row["train_loss"])))
-    assert ids == {json.loads((folder / trackers.FILE).read_text())["wandb"]["id"]}
+    assert ids == {RunFolder(folder).trackers.read()["wandb"]["id"]}
     assert projects == {("fedjax_qp", "tracked-seed0", config.load(folder.parent / "small.yaml").name)}
     assert losses == [(n, pytest.approx(1 / n)) for n in range(1, 6)]
 
@@ -308,7 +309,7 @@ def test_a_tracker_that_fails_is_reported_once_and_caught_up_on_resume(tmp_path,
     outcome = run(config.load(write(tmp_path), ["tracking.wandb={}"]), output)
     said = written.getvalue()
     assert outcome.reason == "finished"
-    assert [line["round"] for line in record_file.read(outcome.folder)] == [1, 2, 3, 4]
+    assert [line["round"] for line in RunFolder(outcome.folder).records()] == [1, 2, 3, 4]
     assert said.count("tracking.wandb failed") == 1 and "no [server] there" in said and "resume" in said
     assert (made.rounds, made.ends) == ([1, 2], [])
     ((_, scalars),) = board(outcome.folder)  # the others did not notice
@@ -330,7 +331,7 @@ def test_a_tracker_that_cannot_start_does_not_stop_the_run(tmp_path, made, monke
     opened.write(made_records(1, 2))
     opened.close("finished")
     assert len(said) == 1 and "OSError: no login" in said[0]
-    assert json.loads((tmp_path / trackers.FILE).read_text()).keys() == {"tensorboard"}
+    assert RunFolder(tmp_path).trackers.read().keys() == {"tensorboard"}
 
 
 def test_a_slow_failure_is_paid_for_once_by_all_runs_of_a_process(tmp_path, monkeypatch):
@@ -362,7 +363,7 @@ def test_only_what_names_a_tracked_run_waits_for_the_disk(tmp_path, made, monkey
     before = len(synced)
     opened.write(made_records(1, 2))
     assert before > 0 and len(synced) == before
-    assert json.loads((tmp_path / trackers.FILE).read_text())["wandb"]["rounds"] == 2
+    assert RunFolder(tmp_path).trackers.read()["wandb"]["rounds"] == 2
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

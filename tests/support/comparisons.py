@@ -5,8 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from fedjax_qp.runs import watched
-from fedjax_qp.runs.record_file import FILE
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.watch import Watch
 
 SETTINGS = {
@@ -25,7 +24,7 @@ def made_run(
     """A run folder with an evaluation in every round; the worst decile lies 0.2 below the accuracy."""
     folder = root / f"{name}-seed{seed}-{len(list(root.iterdir()))}"
     folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump({"name": name, "seed": seed, **SETTINGS, **changes}))
+    RunFolder(folder).config_file.write_text(yaml.safe_dump({"name": name, "seed": seed, **SETTINGS, **changes}))
     lines = [
         {
             "round": n,
@@ -35,6 +34,6 @@ def made_run(
         }
         for n, value in enumerate(accuracies, 1)
     ]
-    (folder / FILE).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    watched.write(folder, watches)
+    RunFolder(folder).records_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunFolder(folder).save_watches(watches)
     return folder

@@ -12,9 +12,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from fedjax_qp import config
 from fedjax_qp.experiment import build, first_state
-from fedjax_qp.runs.checkpoint import Checkpoints
+from fedjax_qp.runs.folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -40,8 +39,8 @@ def write(folder: Path, **changes) -> Path:
 
 
 def final_state(folder: Path):
-    experiment = build(config.load(folder / "config.yaml"))
-    with Checkpoints(folder / "checkpoints", keep=2) as checkpoints:
+    experiment = build(RunFolder(folder).config())
+    with RunFolder(folder).checkpoints() as checkpoints:
         return checkpoints.restore(first_state(experiment))
 
 
@@ -60,7 +59,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
 
 
 def wait_for_rounds(process: subprocess.Popen, folder: Path, rounds: int) -> None:
-    file = folder / "records.jsonl"
+    file = RunFolder(folder).records_file
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if file.exists() and file.read_bytes().count(b"\n") >= rounds:

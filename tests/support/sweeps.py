@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps import space
 from fedjax_qp.sweeps.run import planned
 from fedjax_qp.sweeps.space import Sweep, base_values
@@ -47,7 +48,7 @@ def record_run(store: Store, trial: Trial, seed: int, accuracies: list[float], s
     folder = store.run_folder(trial, seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"round": n, "train_loss": 1.0, "test_accuracy": value} for n, value in enumerate(accuracies, 1)]
-    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    RunFolder(folder).records_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if status is not None:
         reason = "finished" if status == "complete" else f"it {status}"
         write_ending(folder, Ending(status, reason, len(accuracies)))

@@ -8,6 +8,7 @@ from rich.console import Console
 from support.sweeps import opened, record_run, sweep_of
 
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps.figures import plot_curves, plot_space
 from fedjax_qp.sweeps.live import LiveTable
 from fedjax_qp.sweeps.results import check_metric, summarise, table, write_results
@@ -62,7 +63,7 @@ def test_a_metric_that_is_not_finite_is_the_worst(tmp_path, direction):
     for trial, losses in zip(store.trials, ([1.0, None], [2.0, 3.0]), strict=True):
         for seed, loss in enumerate(losses):
             folder = record_run(store, trial, seed, [0.5])
-            (folder / "records.jsonl").write_text(
+            RunFolder(folder).records_file.write_text(
                 json.dumps({"round": 1, "test_loss": loss, "test_accuracy": 0.5}) + "\n"
             )
     better, worse = summarise(store, Curves("test_loss"))

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.sweeps import opened, record_run, sweep_of
 
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps.stopping import Curves, Judge, Peer, curve, number, value_at
 from fedjax_qp.sweeps.trials import Store
 
@@ -63,11 +64,11 @@ def test_rounds_that_are_computed_again_are_judged_as_before(tmp_path):
     """When round 2 was judged first, the trial beside it had not yet diverged."""
     store = store_of(tmp_path, [[[0.5, 0.6]], [[0.5, 0.7]], [[]]])
     folder = store.run_folder(store.trials[0], 0)
-    (folder / "failure.json").write_text("{}")
-    (folder / "ended.json").write_text('{"reason": "diverged", "round": 2}')
+    RunFolder(folder).failure.path.write_text("{}")
+    RunFolder(folder).end.path.write_text('{"reason": "diverged", "round": 2}')
     assert verdict(store, 2, 0, [0.1, 0.1], together=("trial000", "trial002")) == "stopped early"
     (store.folder / "stopped" / "trial002.json").unlink()
-    (folder / "ended.json").write_text('{"reason": "diverged", "round": 1}')
+    RunFolder(folder).end.path.write_text('{"reason": "diverged", "round": 1}')
     assert verdict(store, 2, 0, [0.1, 0.1], together=("trial000", "trial002")) is None
 
 

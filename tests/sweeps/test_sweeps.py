@@ -17,7 +17,7 @@ from rich.console import Console
 from support.sweeps import opened, record_run, sweep_of, write_sweep
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import record_file
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps import run as running
 from fedjax_qp.sweeps import schedule
 from fedjax_qp.sweeps.run import run_sweep
@@ -49,12 +49,12 @@ def quiet() -> Console:
 
 
 def rounds(folder: Path) -> list[int]:
-    return [line["round"] for line in record_file.read(folder)]
+    return [line["round"] for line in RunFolder(folder).records()]
 
 
 def started_after(run_folder: Path) -> set[str]:
     """The rounds that were already finished each time the run was begun or continued."""
-    return {file.name.rpartition(".after")[2] for file in (run_folder / "tensorboard").iterdir()}
+    return {file.name.rpartition(".after")[2] for file in RunFolder(run_folder).tensorboard.iterdir()}
 
 
 def stamps(run_folder: Path) -> dict[str, int]:
@@ -195,7 +195,7 @@ def in_the_middle_of_the_second_run(folder: Path) -> bool:
     """It has finished some rounds, and its first checkpoint is complete."""
     run = folder / "runs" / SECOND
     saved = [file for file in run.glob("checkpoints/*") if file.name.isdigit()]
-    return bool(saved) and 4 <= (run / "records.jsonl").read_bytes().count(b"\n") < LONG["rounds"] - 10
+    return bool(saved) and 4 <= RunFolder(run).records_file.read_bytes().count(b"\n") < LONG["rounds"] - 10
 
 
 def worker_of(folder: Path, run: str) -> int:

@@ -10,6 +10,7 @@ import safetensors.numpy
 from fedjax_qp import config
 from fedjax_qp.experiment import build
 from fedjax_qp.registry import ConfigurationError
+from fedjax_qp.runs.folder import RunFolder
 
 pytest.importorskip("transformers")
 RECORDS = [{"instruction": f"Say {i}.", "output": "The cat " + "sat " * (i % 5 + 1) + "here."} for i in range(40)]
@@ -22,7 +23,7 @@ def folder(tmp_path, shared_folder):
 
 
 def notes(folder, records=RECORDS, **text):
-    file = folder / "records.jsonl"
+    file = RunFolder(folder).records_file
     file.write_text("\n".join(one if isinstance(one, str) else json.dumps(one) for one in records))
     settings = {
         "name": "damaged",
