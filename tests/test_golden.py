@@ -14,6 +14,7 @@ from support.instructions import instruction_settings, write_instructions
 from support.runs import SMALL
 
 from fedjax_qp.cli import main
+from fedjax_qp.runs.folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden"
 MODE = os.environ.get("GOLDEN", "close")
@@ -50,7 +51,9 @@ def test_runs_leave_the_records_that_they_left_before(case, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(["run", str(tmp_path / "run.yaml"), *several])
     assert not ended.value.code
-    found = "".join((tmp_path / "runs" / f"{case}-seed{seed}" / "records.jsonl").read_text() for seed in seeds.split())
+    found = "".join(
+        RunFolder(tmp_path / "runs" / f"{case}-seed{seed}").records_file.read_text() for seed in seeds.split()
+    )
     file = GOLDEN / f"{case}.jsonl"
     if MODE == "write":
         file.write_text(found)

@@ -1,12 +1,15 @@
 """A run's folder: its files keep their names, and what they say must agree."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import fedjax_qp
 from fedjax_qp import config
 from fedjax_qp.files import JsonFile
 from fedjax_qp.registry import ConfigurationError
@@ -72,6 +75,19 @@ def test_files_keep_their_names(folder):
         "adapters": "adapters",
     }
     assert not folder.path.exists()  # a name alone makes nothing
+
+
+def test_nothing_else_knows_the_names():
+    package = Path(fedjax_qp.__file__).parent
+    names = re.findall(r'"(\w+\.(?:json|jsonl|yaml|png|lock))"', inspect.getsource(RunFolder))
+    assert {"config.yaml", "records.jsonl", "run.png", "run.lock"} <= set(names)
+    spelled = {
+        (file.relative_to(package).as_posix(), name)
+        for file in package.rglob("*.py")
+        for name in names
+        if re.search(rf"""["'/]{re.escape(name)}["']""", file.read_text(encoding="utf-8"))
+    }
+    assert {file for file, _ in spelled} == {"runs/folder.py"}
 
 
 def test_reading_a_run_loads_neither_jax_nor_the_machinery(folder):
