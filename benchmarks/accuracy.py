@@ -29,9 +29,9 @@ from fedjax_qp.files import keep_programs
 from fedjax_qp.reports import compare as comparison
 from fedjax_qp.reports import rendering
 from fedjax_qp.reports.plots import plot_comparison
+from fedjax_qp.runs import run as running
 from fedjax_qp.runs.folder import RunFolder
-from fedjax_qp.runs.run import Outcome
-from fedjax_qp.runs.together import run_together
+from fedjax_qp.runs.training import Outcome
 
 TUNE = {
     "fedavgm": [
@@ -127,7 +127,7 @@ def run_all(configs: Sequence[configuration.Config], console: Console) -> list[O
     Raises:
       SystemExit: they were interrupted; the same command continues.
     """
-    outcomes = run_together(configs, console)
+    outcomes = running.run_all(configs, console)
     if any(outcome.reason == "interrupted" for outcome in outcomes):
         raise SystemExit(130)
     return outcomes

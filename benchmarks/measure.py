@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from fedjax_qp.config import Config
-from fedjax_qp.engine import Engine
+from fedjax_qp.engine import Engine, Layout
 from fedjax_qp.engine.plan import Plan
 from fedjax_qp.experiment import Experiment, build, first_state, start_engine
+from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.loop import chunk_plan
 
@@ -24,21 +25,21 @@ from fedjax_qp.runs.loop import chunk_plan
 class TimedRounds:
     """One engine and its plans of single rounds without evaluation; compiles on creation."""
 
-    def __init__(self, experiment: Experiment, lanes: int, rounds: int):
-        self.engine: Engine = start_engine(experiment)
-        plans = [self._plan(experiment, lanes, round) for round in range(rounds)]
+    def __init__(self, experiment: Experiment, layout: Layout, rounds: int):
+        self.engine: Engine = start_engine([experiment], layout)
+        plans = [self._plan(experiment, layout.lanes, round) for round in range(rounds)]
         self.steps = sum(int(np.max(plan.lanes.steps)) for plan in plans)
         self.client_steps = sum(int(np.sum(plan.lanes.steps)) for plan in plans)
         self.longest = sum(int(np.max(plan.cohorts.steps)) for plan in plans)
         self.plans = [self.engine.place_plan(plan) for plan in plans]
-        self.state = self.engine.place_state(first_state(experiment))
+        self.state = self.engine.place_states([first_state(experiment)])
         started = time.perf_counter()
         self()  # also gives mutating methods an update to mutate along
         self.compile_seconds = time.perf_counter() - started
 
     @staticmethod
     def _plan(experiment: Experiment, lanes: int, round: int) -> Plan:
-        plan = chunk_plan(experiment, lanes, round, 1)
+        plan = chunk_plan([experiment], lanes, round, 1)
         return plan._replace(evaluate=np.zeros_like(plan.evaluate))
 
     def __call__(self) -> None:
@@ -82,10 +83,10 @@ class OtherProcess:
 def answer_requests(config: Config) -> None:
     """Such a process: says what was compiled for a chunk, then runs one for every line it reads."""
     experiment = build(config)
-    engine = start_engine(experiment)
-    state = engine.place_state(first_state(experiment))
-    assert config.engine.lanes != "auto"
-    plan = engine.place_plan(chunk_plan(experiment, config.engine.lanes, 0, config.engine.rounds_per_chunk))
+    layout = choose_layout([experiment]).layout
+    engine = start_engine([experiment], layout)
+    state = engine.place_states([first_state(experiment)])
+    plan = engine.place_plan(chunk_plan([experiment], layout.lanes, 0, config.engine.rounds_per_chunk))
     found = engine.compiled(state, plan).memory_analysis()
     assert found is not None
     state, _ = jax.block_until_ready(engine.run(state, plan))

@@ -15,6 +15,7 @@ from measure import TimedRounds, in_turn, paired_ratio, write_rows
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import build
+from fedjax_qp.runs.autotune import choose_layout
 
 METHODS = {
     "fedavg": ["algorithm=fedavg", "algorithm.weighting=uniform"],
@@ -41,9 +42,7 @@ def main() -> None:
     for method in arguments.methods:
         overrides = [*arguments.overrides, *METHODS[method], "engine.rounds_per_chunk=1"]
         experiment = build(configuration.load(arguments.config, overrides))
-        lanes = experiment.config.engine.lanes
-        assert isinstance(lanes, int), "give engine.lanes a number"
-        timed[method] = TimedRounds(experiment, lanes, arguments.rounds)
+        timed[method] = TimedRounds(experiment, choose_layout([experiment]).layout, arguments.rounds)
     seconds = in_turn(timed, arguments.repeats)
     rows = [
         {

@@ -15,7 +15,8 @@ from statistics import median
 from measure import TimedRounds, write_rows
 
 from fedjax_qp import config as configuration
-from fedjax_qp.experiment import build, with_layout
+from fedjax_qp.engine import Layout
+from fedjax_qp.experiment import build
 from fedjax_qp.runs.autotune import LaneTimer, sampled_steps
 
 LANES = (1, 2, 3, 5, 10)
@@ -31,8 +32,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     overrides = [*arguments.overrides, "engine.rounds_per_chunk=1"]
     experiment = build(configuration.load(arguments.config, overrides))
-    rounds = {lanes: TimedRounds(with_layout(experiment, lanes, 1), lanes, arguments.rounds) for lanes in LANES}
-    timers = {lanes: LaneTimer([with_layout(experiment, lanes, 1)]) for lanes in LANES}
+    rounds = {lanes: TimedRounds(experiment, Layout(lanes), arguments.rounds) for lanes in LANES}
+    timers = {lanes: LaneTimer([experiment], Layout(lanes)) for lanes in LANES}
     cohorts = sampled_steps([experiment])
     chosen = min(LANES, key=lambda lanes: timers[lanes].trial(cohorts).round_seconds)  # what `choose_layout` goes by
     seconds: dict[int, list[float]] = {lanes: [] for lanes in LANES}

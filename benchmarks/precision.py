@@ -14,14 +14,14 @@ from measure import write_rows
 
 from fedjax_qp import config as configuration
 from fedjax_qp.experiment import build
-from fedjax_qp.runs.loop import simulate
+from fedjax_qp.runs.loop import of_one_run, simulate
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 def last_accuracy(config: Path, overrides: list[str]) -> float:
     experiment = build(configuration.load(config, overrides))
-    records = [record for chunk in simulate(experiment) for record in chunk.records]
+    records = [record for chunk in of_one_run(simulate([experiment])) for record in chunk.records]
     return float(records[-1]["test_accuracy"])
 
 

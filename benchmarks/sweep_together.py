@@ -3,7 +3,7 @@
     python benchmarks/sweep_together.py                  # 16 settings × 3 seeds on MNIST-5k
     python benchmarks/sweep_together.py rounds=20 --alone 4      # alone only 4 of the settings, each with its three seeds
 
-FedQP with four learning rates and four α, three seeds each: 48 runs, first in one program (`runs.together.run_together`, what
+FedQP with four learning rates and four α, three seeds each: 48 runs, first in one program (`runs.run.run_all`, what
 `fedjax-qp sweep` does with them on one worker), then one after another (`run.run`, each in the same process, so that imports
 and reading count for nobody). Both begin with an empty cache of programs and fill it. The lanes of the shared program are
 measured in its time; those of the runs alone are measured once beforehand, for nothing. Writes one row: wall seconds and
@@ -26,12 +26,11 @@ from rich.console import Console
 
 from fedjax_qp import config as configuration
 from fedjax_qp.config import Config
-from fedjax_qp.engine.devices import settle
 from fedjax_qp.experiment import build
 from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.folder import RunFolder
-from fedjax_qp.runs.run import run
-from fedjax_qp.runs.together import groups, run_together
+from fedjax_qp.runs.programs import groups
+from fedjax_qp.runs.run import run, run_all
 
 RATES, ALPHAS, SEEDS = (0.003, 0.01, 0.02, 0.03), (0.25, 0.5, 1.0, 2.0), (0, 1, 2)
 SETTINGS = [
@@ -106,10 +105,8 @@ def with_measured_lanes(runs: Sequence[Config]) -> list[Config]:
     """The configurations with the layout that is best for one of them alone."""
     choice = choose_layout([build(runs[0])])
     print(choice)
-    return [
-        settle(replace(config, engine=replace(config.engine, lanes=choice.lanes, devices=choice.devices)))
-        for config in runs
-    ]
+    lanes, devices, *_ = choice.layout
+    return [replace(config, engine=replace(config.engine, lanes=lanes, devices=devices)) for config in runs]
 
 
 def main() -> None:
@@ -124,7 +121,7 @@ def main() -> None:
         single = configs(Path(folder) / "alone", arguments.overrides)
         chosen = alone_ones(arguments.alone or len(RATES) * len(ALPHAS))
         empty_cache(Path(folder) / "cache-together")
-        together = measured(lambda: run_together(shared, quiet))
+        together = measured(lambda: run_all(shared, quiet))
         single = with_measured_lanes(single)
         empty_cache(Path(folder) / "cache-alone")
         alone = measured(lambda: [run(single[index], quiet) for index in chosen])

@@ -77,7 +77,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
     from fedjax_qp.runs import processes
     from fedjax_qp.runs.loop import NonFiniteLoss
     from fedjax_qp.runs.run import run as start
-    from fedjax_qp.runs.together import run_together
+    from fedjax_qp.runs.run import run_all
 
     processes.join(**asdict(several))
     console = processes.console()
@@ -92,7 +92,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
             print(f"error: {error}", file=sys.stderr)
             return 1
     else:
-        outcomes = run_together(configs, console)
+        outcomes = run_all(configs, console)
     for outcome in outcomes:
         if outcome.error is not None:
             print(f"error: {outcome.folder}: {outcome.error}", file=sys.stderr)
@@ -368,8 +368,7 @@ def memory(
       sequences_per_client: packed training sequences of each client.
     """
     (loaded,) = _configs(config, overrides, None)
-    engine = loaded.engine
-    needed = (1 if engine.devices == "auto" else engine.devices) * engine.model_devices
+    needed = loaded.engine.asked_devices * loaded.engine.model_devices
     if needed > MOST_DEVICES:
         raise ConfigurationError(
             f"engine.devices × engine.model_devices = {needed} is more than the {MOST_DEVICES} devices that memory is "
@@ -380,12 +379,12 @@ def memory(
         flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
         os.environ["JAX_PLATFORMS"] = "cpu"
-    from fedjax_qp.runs.footprint import measure, memory_table, on_a_mesh
+    from fedjax_qp.runs.footprint import measure, memory_table
 
     clients = loaded.participation.cohort if clients is None else clients
     found = measure(loaded, clients=clients, sequences_per_client=sequences_per_client)
     console = Console()
-    console.print(memory_table(on_a_mesh(loaded), found))
+    console.print(memory_table(loaded, found))
     console.print(
         f"{clients} clients with {sequences_per_client} sequences each; one more takes {found.per_client:,} bytes.\n"
         f"Trainable entries of a client: {found.trainable_entries:,} (before any mask).\n"

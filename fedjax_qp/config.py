@@ -100,10 +100,9 @@ class Engine:
     data_store: Literal["device", "host"] = "device"  # of the training examples; host: devices get those of their lanes
 
     @property
-    def lane_devices(self) -> int:
-        """Devices among which the lanes are split, once that is settled."""
-        assert self.devices != "auto", "devices.settle and autotune.choose_layout leave no auto"
-        return self.devices
+    def asked_devices(self) -> int:
+        """Devices among which the lanes are to be split; auto asks for one at least."""
+        return 1 if self.devices == "auto" else self.devices
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,7 @@ def federated_round(
 ) -> tuple[FederatedState, dict[str, Array]]:
     """One round: the whole of federated learning in a few lines.
 
-    Several runs of one method may share a program (`runs.together`); all arrays have a leading axis of runs, [X]. A run alone
+    Several runs of one method may share a program (`runs.programs`); all arrays have a leading axis of runs, [X]. A run alone
     is one of one.
 
     Args:

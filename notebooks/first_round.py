@@ -56,7 +56,7 @@ print_table(summary(experiment.task.counts))
 # %%
 algorithm, train = experiment.algorithm, experiment.task.train
 state = first_state(experiment)
-plan = chunk_plan(experiment, lanes=1, first_round=0, rounds=1)
+plan = chunk_plan([experiment], lanes=1, first_round=0, rounds=1)
 cohort = jax.tree.map(lambda leaf: leaf[0], plan.cohorts)
 keys = round_keys(jax.random.key(experiment.config.seed), state.round)
 
@@ -80,7 +80,7 @@ print(f"mean cosine between two clients' progress: {metrics['update/cosine_betwe
 
 # %%
 one_round = dataclasses.replace(experiment.config, rounds=1)
-engine_state = next(simulate(experiment._replace(config=one_round))).state
+engine_state = next(simulate([experiment._replace(config=one_round)]))[0].state
 difference = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), server.params, engine_state.server.params)
 worst = max(jax.tree.leaves(difference))
 print(f"largest difference of a parameter: {worst:.1e}")
@@ -102,7 +102,7 @@ figure = Figure(figsize=(6.5, 4), layout="constrained")
 axes = figure.subplots()
 for (label, part), style in zip(methods.items(), ("-", "--", "-."), strict=True):
     method = build(config.from_dict({**settings, "algorithm": part}))
-    records = [record for chunk in simulate(method) for record in chunk.records]
+    records = [record for (chunk,) in simulate([method]) for record in chunk.records]
     axes.plot(
         [record["round"] for record in records], [record["test_accuracy"] for record in records], style, label=label
     )

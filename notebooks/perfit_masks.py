@@ -133,7 +133,7 @@ print(f"loss of the base: {np.mean(losses[:5]):.2f} → {np.mean(losses[-20:]):.
 
 # %%
 experiment = build(config.from_dict(settings))
-chunk = list(simulate(experiment))[-1]
+chunk = list(simulate([experiment]))[-1][0]
 masks = jax.tree.map(np.asarray, chunk.state.clients.masks)  # each leaf [clients, layers, …]
 clients = range(len(experiment.task.parts))
 mine = [jax.tree.map(lambda leaf, k=k: leaf[k], masks) for k in clients]

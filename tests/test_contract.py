@@ -155,7 +155,7 @@ def test_restored_state_continues_bitwise(case):
 def test_one_program_for_rounds_equals_a_loop(case):
     """Two rounds in one chunk against two chunks of one round, run by the same program."""
     _, engine = compiled(case)
-    state = engine.place_state(start_state(case))
+    state = engine.place_states([start_state(case)])
     for first_round in range(ROUNDS):
         state, _ = engine.run(state, engine.place_plan(plan_of(case, first_round, 1)))
     for a, b in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(reference(case)[0]), strict=True):
@@ -170,7 +170,7 @@ def test_padding_is_inert(case):
     padded = np.pad(plan.lanes.examples, [(0, 0)] * 3 + [(0, 3)], constant_values=IDLE)
     engine = small_engine(algorithm, federation=federation_of(case))
     state, _ = engine.run(
-        engine.place_state(start_state(case)),
+        engine.place_states([start_state(case)]),
         engine.place_plan(plan._replace(lanes=plan.lanes._replace(examples=padded))),
     )
     assert worst_difference(reference(case)[0], state) <= TOLERANCE
@@ -181,7 +181,7 @@ def test_order_in_the_cohort_is_irrelevant(case):
     """Mutating methods are exempt: which mutant a client gets is a draw over the slots."""
     _, engine = compiled(case)
     plan = engine.place_plan(_reversed(plan_of(case, 0, ROUNDS)))
-    state, _ = engine.run(engine.place_state(start_state(case)), plan)
+    state, _ = engine.run(engine.place_states([start_state(case)]), plan)
     assert_agree(case, reference(case)[0], state)
 
 
@@ -200,7 +200,7 @@ def test_callers_params_survive_donation(case):
     federation = federation_of(case)
     params = federation.model.init(jax.random.key(0))
     before = jax.device_get(params)
-    state = engine.place_state(init_state(algorithm, params, len(federation.parts)))
+    state = engine.place_states([init_state(algorithm, params, len(federation.parts))])
     engine.run(state, engine.place_plan(plan_of(case, 0, ROUNDS)))
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -216,7 +216,7 @@ def test_one_client_with_full_batches_is_plain_sgd(case):
     work = work._replace(parts=[small_parts()[1]], local=dataclasses.replace(work.local, batch_size=BATCH))
     plan = small_plan(0, 1, lanes=1, capacity=1, work=work)
     engine = small_engine(algorithm)
-    state, _ = engine.run(engine.place_state(small_state(algorithm, 1)), engine.place_plan(plan))
+    state, _ = engine.run(engine.place_states([small_state(algorithm, 1)]), engine.place_plan(plan))
 
     params, optimizer = small_model().init(jax.random.key(0)), optax.sgd(0.05, 0.9)
     optimizer_state = optimizer.init(params.trainable)

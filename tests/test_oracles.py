@@ -49,7 +49,7 @@ def test_rounds_equal_a_torch_loop(case):
     torch = pytest.importorskip("torch")
     algorithm = small_algorithm(case)
     engine = small_engine(algorithm)
-    state = engine.place_state(small_state(algorithm))
+    state = engine.place_states([small_state(algorithm)])
     plan = small_plan(0, ROUNDS, lanes=2, capacity=ROUNDS)
 
     weights, structure = jax.tree.flatten(small_model().init(jax.random.key(0)).trainable)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
 
-def of(tree: PyTree, index: Int[Array, ""] | int) -> PyTree:
+def take(tree: PyTree, index: Int[Array, ""] | int) -> PyTree:
     """One entry of a tree with a leading axis."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
@@ -32,7 +32,7 @@ def zeros(shapes: PyTree, *leading: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(leading + leaf.shape, leaf.dtype), shapes)
 
 
-def across(axis: str | None, tree: PyTree) -> PyTree:
+def sum_over_devices(axis: str | None, tree: PyTree) -> PyTree:
     """Sums over the devices; for bools, whether any device has it."""
     if axis is None:
         return tree

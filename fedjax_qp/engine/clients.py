@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from fedjax_qp.engine.arrays import across, gather, of, put, select, zeros
+from fedjax_qp.engine.arrays import gather, put, select, sum_over_devices, take, zeros
 from fedjax_qp.engine.plan import IDLE, Lanes, Preparations
 from fedjax_qp.federated import PREPARATION, Algorithm, Batch, Client, Cohort, client_key
 
@@ -27,12 +27,21 @@ class LoopState(NamedTuple):
     metrics: dict[str, Array]  # [X·M]
 
 
+class RoundWork(NamedTuple):
+    """What all clients of a round have in common."""
+
+    method: Callable  # (settings of one run) -> Algorithm
+    settings: PyTree  # [X] each
+    frozen: PyTree
+    examples: PyTree  # training set, arrays [N, ...]
+    cohort: Cohort  # of all, arrays [X·M]
+    axis: str | None  # name of the device axis; None on one device
+
+
 class Slots(NamedTuple):
     """What is known about the client in a slot."""
 
-    method: Callable
-    settings: PyTree
-    cohort: Cohort  # of all
+    work: RoundWork
     shared: PyTree
     own: PyTree  # of all
     memories: PyTree  # of all
@@ -41,40 +50,26 @@ class Slots(NamedTuple):
     def run(self, slot: Int[Array, ""] | int) -> Int[Array, ""] | int:
         """Which run a slot belongs to; a constant where there is one run, so that nothing is gathered for it."""
         runs = len(self.keys)
-        return 0 if runs == 1 else slot // (len(self.cohort.clients) // runs)
+        return 0 if runs == 1 else slot // (len(self.work.cohort.clients) // runs)
 
     def algorithm(self, slot: Int[Array, ""] | int) -> Algorithm:
-        return self.method(of(self.settings, self.run(slot)))
+        return self.work.method(take(self.work.settings, self.run(slot)))
 
     def facts(self, slot: Int[Array, ""] | int) -> tuple[PyTree, PyTree, PyTree]:
         """(shared, own, memory)"""
-        return of(self.shared, self.run(slot)), of(self.own, slot), of(self.memories, slot)
+        return take(self.shared, self.run(slot)), take(self.own, slot), take(self.memories, slot)
 
     def key(self, slot: Int[Array, ""] | int, local_step: Int[Array, ""] | int) -> Key[Array, ""]:
-        return client_key(self.keys[self.run(slot)], self.cohort.clients[slot], local_step)
+        return client_key(self.keys[self.run(slot)], self.work.cohort.clients[slot], local_step)
 
 
 def run_clients(
-    method: Callable,
-    frozen: PyTree,
-    examples: PyTree,
-    lanes: Lanes,
-    cohort: Cohort,
-    settings: PyTree,
-    axis: str | None,
-    shared: PyTree,
-    own: PyTree,
-    memories: PyTree,
-    keys: Key[Array, "X"],
+    work: RoundWork, lanes: Lanes, shared: PyTree, own: PyTree, memories: PyTree, keys: Key[Array, "X"]
 ) -> tuple[PyTree, PyTree, dict[str, Array]]:
     """Trains the cohorts of one round.
 
     Args:
-      method: `(settings of one run) -> Algorithm`.
-      examples: training set, arrays [N, ...].
       lanes: this round's work of this device's lanes: arrays [L, S], examples [L, S, B], steps [L].
-      cohort: arrays [X·M].
-      axis: name of the device axis, or None on one device.
       shared: from `dispatch`, [X, ...].
       own: from `dispatch`, [X, M, ...].
       memories: from the client store, [X, M, ...].
@@ -83,7 +78,8 @@ def run_clients(
       The sums of the uploads [X, ...] (or all of them, [X, M, ...], for `combine_each`), the new memories [X, M, ...],
       metrics [X, M].
     """
-    slots = Slots(method, settings, cohort, shared, _flat(own), _flat(memories), keys)
+    cohort = work.cohort
+    slots = Slots(work, shared, _flat(own), _flat(memories), keys)
     runs, everyone = len(keys), len(cohort.clients)
     stacked = slots.algorithm(0).combine_each is not None
 
@@ -91,12 +87,14 @@ def run_clients(
         return slots.algorithm(slot).start(*slots.facts(slot), slots.key(slot, 0))
 
     def step(carry: PyTree, slot: Array, local_step: Array, indices: Int[Array, "B"]) -> PyTree:
-        batch = Batch(gather(examples, indices), indices != IDLE)
-        return slots.algorithm(slot).step(frozen, slots.facts(slot)[0], carry, batch, slots.key(slot, local_step + 1))
+        batch = Batch(gather(work.examples, indices), indices != IDLE)
+        return slots.algorithm(slot).step(
+            work.frozen, slots.facts(slot)[0], carry, batch, slots.key(slot, local_step + 1)
+        )
 
     def finish(slot: Int[Array, ""], carry: PyTree) -> tuple[PyTree, PyTree, dict]:
         shared, own, memory = slots.facts(slot)
-        return slots.algorithm(slot).finish(shared, carry, Client(*of(cohort, slot), own=own, memory=memory))
+        return slots.algorithm(slot).finish(shared, carry, Client(*take(cohort, slot), own=own, memory=memory))
 
     def load(begins: Bool[Array, "L"], lane_slots: Int[Array, "L"], carry: PyTree) -> PyTree:
         return select(begins, jax.vmap(start)(lane_slots), carry)
@@ -142,50 +140,42 @@ def run_clients(
         zeros(one_metrics, everyone),
     )
     final = jax.lax.fori_loop(0, lanes.steps.max(), body, empty)
-    collected, new, reported, metrics = across(axis, (final.collected, final.memories, final.reported, final.metrics))
+    collected, new, reported, metrics = sum_over_devices(
+        work.axis, (final.collected, final.memories, final.reported, final.metrics)
+    )
     by_run = partial(_by_run, runs)
     return by_run(collected) if stacked else collected, by_run(select(reported, new, slots.memories)), by_run(metrics)
 
 
 def prepare_clients(
-    method: Callable,
-    frozen: PyTree,
-    examples: PyTree,
-    work: Preparations,
-    cohort: Cohort,
-    settings: PyTree,
-    axis: str | None,
-    shared: PyTree,
-    own: PyTree,
-    memories: PyTree,
-    keys: Key[Array, "X"],
+    work: RoundWork, due: Preparations, shared: PyTree, own: PyTree, memories: PyTree, keys: Key[Array, "X"]
 ) -> PyTree:
     """Runs `prepare` for the members who are due: one client per lane at a time, and no turn if nobody needs it.
 
     Args:
-      work: this round's preparations on this device: slots [L, U], examples [L, U, P, B], turns [L].
+      due: this round's preparations on this device: slots [L, U], examples [L, U, P, B], turns [L].
 
     Returns:
       The memories [X, M, ...], new for those who prepared.
     """
-    slots = Slots(method, settings, cohort, shared, _flat(own), _flat(memories), keys)
-    everyone = len(cohort.clients)
+    slots = Slots(work, shared, _flat(own), _flat(memories), keys)
+    everyone = len(work.cohort.clients)
 
     def prepare(slot: Int[Array, ""], indices: Int[Array, "P B"]) -> PyTree:
-        batches = Batch(gather(examples, indices), indices != IDLE)
+        batches = Batch(gather(work.examples, indices), indices != IDLE)
         function = slots.algorithm(slot).prepare
         assert function is not None
-        return function(frozen, *slots.facts(slot), batches, slots.key(slot, PREPARATION))
+        return function(work.frozen, *slots.facts(slot), batches, slots.key(slot, PREPARATION))
 
     def turn(index: Int[Array, ""], state: tuple) -> tuple:
         new, prepared = state
-        lane_slots = jnp.asarray(work.slots)[:, index]
-        rows = jax.vmap(prepare)(jnp.maximum(lane_slots, 0), jnp.asarray(work.examples)[:, index])
+        lane_slots = jnp.asarray(due.slots)[:, index]
+        rows = jax.vmap(prepare)(jnp.maximum(lane_slots, 0), jnp.asarray(due.examples)[:, index])
         target = jnp.where(lane_slots == IDLE, everyone, lane_slots)
         return put(new, target, rows), prepared.at[target].set(True, mode="drop")
 
     nobody = (jax.tree.map(jnp.zeros_like, slots.memories), jnp.zeros(everyone, bool))
-    new, prepared = across(axis, jax.lax.fori_loop(0, work.turns.max(), turn, nobody))
+    new, prepared = sum_over_devices(work.axis, jax.lax.fori_loop(0, due.turns.max(), turn, nobody))
     return _by_run(len(keys), select(prepared, new, slots.memories))
 
 

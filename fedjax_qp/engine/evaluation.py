@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 from jaxtyping import Array, Bool, Int, PyTree
 
-from fedjax_qp.engine.arrays import across, of, put, zeros
+from fedjax_qp.engine.arrays import put, sum_over_devices, take, zeros
 from fedjax_qp.federated import Batch, FederatedState, Model
 from fedjax_qp.registry import ConfigurationError
 
@@ -32,13 +32,13 @@ def evaluate(model: Model, frozen: PyTree, params: PyTree, test: TestSet, axis: 
 
     def add(turn: Int[Array, ""], sums: dict[str, Array]) -> dict[str, Array]:
         index = turn * devices + device
-        examples = of(test.examples, jnp.minimum(index, batches - 1))
+        examples = take(test.examples, jnp.minimum(index, batches - 1))
         mask = test.mask[jnp.minimum(index, batches - 1)] & (index < batches)
         return jax.tree.map(jnp.add, sums, model.evaluate(frozen, params, Batch(examples, mask)))
 
-    first = Batch(of(test.examples, 0), test.mask[0])
+    first = Batch(take(test.examples, 0), test.mask[0])
     sums = zeros(jax.eval_shape(model.evaluate, frozen, params, first))
-    return across(axis, jax.lax.fori_loop(0, -(-batches // devices), add, sums))
+    return sum_over_devices(axis, jax.lax.fori_loop(0, -(-batches // devices), add, sums))
 
 
 def even_batches(count: int, most: int) -> tuple[int, int]:
@@ -120,10 +120,10 @@ def evaluate_clients(
     tests = jax.tree.map(jnp.asarray, tests)
 
     def one_client(client: Int[Array, ""]) -> dict[str, Array]:
-        params = view(state.server, of(state.clients, client))
+        params = view(state.server, take(state.clients, client))
 
         def add(index: Int[Array, ""], sums: dict[str, Array]) -> dict[str, Array]:
-            batch = Batch(of(of(tests.examples, client), index), tests.mask[client, index])
+            batch = Batch(take(take(tests.examples, client), index), tests.mask[client, index])
             return jax.tree.map(jnp.add, sums, model.evaluate(frozen, params, batch))
 
         return jax.lax.fori_loop(0, batches, add, zeros(one_sum))
@@ -132,8 +132,8 @@ def evaluate_clients(
         members = (index * devices + device) * lanes + jnp.arange(lanes)
         return put(sums, members, jax.vmap(one_client)(jnp.minimum(members, clients - 1)))
 
-    first = Batch(of(of(tests.examples, 0), 0), tests.mask[0, 0])
-    one_params = jax.eval_shape(lambda: view(state.server, of(state.clients, jnp.zeros((), jnp.int32))))
+    first = Batch(take(take(tests.examples, 0), 0), tests.mask[0, 0])
+    one_params = jax.eval_shape(lambda: view(state.server, take(state.clients, jnp.zeros((), jnp.int32))))
     one_sum = jax.eval_shape(model.evaluate, frozen, one_params, first)
     turns = -(-clients // (devices * lanes))
-    return across(axis, jax.lax.fori_loop(0, turns, turn, zeros(one_sum, clients)))
+    return sum_over_devices(axis, jax.lax.fori_loop(0, turns, turn, zeros(one_sum, clients)))

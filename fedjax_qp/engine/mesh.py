@@ -5,7 +5,7 @@ shares them out: each group of lanes then has `model_devices` devices, and the c
 these divide the work and what they exchange: XLA partitions the second axis, shard_map is manual over the first.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.stages import Compiled
 from jaxtyping import Array, PyTree
 
-from fedjax_qp.engine.chunk import Method, Runs, run_chunk, run_chunks
-from fedjax_qp.engine.evaluation import PersonalTests, TestSet
+from fedjax_qp.engine.chunk import Data, Method, Runs, run_chunk
 from fedjax_qp.engine.host_data import HostExamples
+from fedjax_qp.engine.layout import Layout
 from fedjax_qp.engine.plan import Plan
-from fedjax_qp.federated import Algorithm, FederatedState, Model
+from fedjax_qp.federated import FederatedState, Model
 
 AXIS = "clients"
 """Name of the mesh axis whose devices share the lanes."""
@@ -28,11 +28,17 @@ MODEL_AXIS = "model"
 
 
 class Engine(NamedTuple):
-    """A compiled simulator. `place_…` puts host arrays where `run` wants them; `run` consumes the state it is given."""
+    """A compiled simulator of X runs.
 
-    place_state: Callable[[FederatedState], FederatedState]
+    `place_…` puts host arrays where `run` wants them; `run` consumes the state it is given. On the devices a run alone has no
+    axis of runs; `place_states`, `states` and `metrics` hide that.
+    """
+
+    place_states: Callable[[Sequence[PyTree]], PyTree]  # of each run its state, or a part of it
     place_plan: Callable[[Plan], "PlacedPlan"]
     run: Callable[[FederatedState, "PlacedPlan"], tuple[FederatedState, dict[str, Array]]]
+    states: Callable[[FederatedState], list[FederatedState]]  # of each run, on the host; copies
+    metrics: Callable[[dict[str, Array]], list[dict[str, np.ndarray]]]  # of each run [R, ...], on the host
     compiled: Callable[[FederatedState, "PlacedPlan"], Compiled]  # what `run` would run; compiles it without running it
 
 
@@ -61,32 +67,12 @@ class Program(NamedTuple):
     frozen: PyTree  # shardings, a prefix of the frozen tree
 
 
-class Data(NamedTuple):
-    """What stays the same over all rounds; see `make_engine`."""
-
-    frozen: PyTree
-    train: PyTree
-    test: TestSet
-    personal: PersonalTests | None = None
-
-
-class Devices(NamedTuple):
-    """How the work is laid out; see `make_engine`."""
-
-    parallel: str = "vmap"
-    devices: int = 1
-    model_devices: int = 1
-    frozen_axes: PyTree = None
-    data_store: str = "device"
-
-
-def make_program(algorithm: Algorithm, model: Model, layout: Devices) -> Program:
-    """Lays the program of a chunk out on devices."""
-    return _program(partial(run_chunk, algorithm, model), layout)
-
-
-def _program(chunk: Callable, layout: Devices) -> Program:
-    parallel, devices, model_devices, frozen_axes, data_store = layout
+def make_program(
+    method: Method, model: Model, layout: Layout, *, frozen_axes: PyTree = None, examples_on_host: bool = False
+) -> Program:
+    """Lays the program of a chunk out on devices; see `make_engine`."""
+    chunk = partial(run_chunk, method, model)
+    _, devices, model_devices, parallel = layout
     sizes = (devices, model_devices) if model_devices > 1 else (devices,)
     names = (AXIS, MODEL_AXIS)[: len(sizes)]
     grid = np.array(jax.devices()[: devices * model_devices]).reshape(sizes)
@@ -94,14 +80,13 @@ def _program(chunk: Callable, layout: Devices) -> Program:
     everywhere, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
     chunk = partial(chunk, None if parallel == "vmap" else AXIS)
     whole, by_lane = PartitionSpec(), PartitionSpec(AXIS)
-    on_host = data_store == "host"  # the examples then come by lane, as the plan does
     if parallel == "pmap":
         if model_devices > 1:
             raise ValueError(f"pmap has one axis of devices, so it cannot use model_devices = {model_devices}")
         program = jax.pmap(
             chunk,
             AXIS,
-            in_axes=(None, None, 0 if on_host else None, None, None, _for_lanes(0, None), None),
+            in_axes=(None, _for_examples(0 if examples_on_host else None, None), _for_lanes(0, None), None),
             out_axes=None,
             devices=list(mesh.devices.flat),
         )
@@ -110,7 +95,12 @@ def _program(chunk: Callable, layout: Devices) -> Program:
         chunk = jax.shard_map(
             chunk,
             mesh=mesh,
-            in_specs=(whole, whole, by_lane if on_host else whole, whole, whole, _for_lanes(by_lane, whole), whole),
+            in_specs=(
+                whole,
+                _for_examples(by_lane if examples_on_host else whole, whole),
+                _for_lanes(by_lane, whole),
+                whole,
+            ),
             out_specs=whole,
             axis_names={AXIS},
             check_vma=False,
@@ -127,59 +117,40 @@ def _program(chunk: Callable, layout: Devices) -> Program:
 
 
 def make_engine(
-    algorithm: Algorithm,
+    method: Method,
     model: Model,
+    data: Data,
+    layout: Layout,
+    runs: Runs,
     *,
-    frozen: PyTree,
-    train: PyTree,
-    test: TestSet,
-    personal: PersonalTests | None = None,
-    seed: int,
-    parallel: str = "vmap",
-    devices: int = 1,
-    model_devices: int = 1,
     frozen_axes: PyTree = None,
-    data_store: str = "device",
+    examples_on_host: bool = False,
 ) -> Engine:
-    """Compiles nothing yet; the first `run` does, once for the whole run.
+    """The engine of X runs of a method. Compiles nothing yet; the first `run` does, once for the whole run.
 
     Args:
-      train: training examples, arrays [N, ...]; they go to every device once, in their own dtype (uint8 images stay so).
-      personal: each client's own test examples, where there are any.
-      parallel: "vmap" (one device for all lanes), "shard_map" or "pmap" (lanes split over `devices`; the number of lanes
-        must be a multiple of it).
-      model_devices: devices that share the frozen weights of each group of lanes; not with pmap. All in all
-        `devices` · `model_devices` are used.
-      frozen_axes: for each frozen array the axis that is split over `model_devices`, or None for one that each device
-        holds; None alone: all of them.
-      data_store: "host" leaves the training examples there, and sends each device those of its lanes, plan by plan.
+      method: `(settings of one run) -> Algorithm`; where runs differ in settings, its functions must trace with arrays.
+      data: the same for all runs. Training examples go to every device once, in their own dtype (uint8 images stay so).
+      layout: with "vmap" one device takes all lanes; "shard_map" and "pmap" split them over `layout.devices`.
+      runs: the settings that differ, and every run's key, [X].
+      frozen_axes: for each frozen array the axis that is split over `layout.model_devices`, or None for one that each
+        device holds; None alone: all of them.
+      examples_on_host: leaves the training examples there, and sends each device those of its lanes, plan by plan.
     """
-    layout = Devices(parallel, devices, model_devices, frozen_axes, data_store)
-    program = make_program(algorithm, model, layout)
-    return _engine(program, Data(frozen, train, test, personal), jax.random.key(seed), layout)
-
-
-def make_shared_engine(method: Method, model: Model, data: Data, layout: Devices, runs: Runs) -> Engine:
-    """One engine for several runs of a method: states have a leading axis [X], plans are those of `plan_together`.
-
-    Args:
-      method: `(settings of one run) -> Algorithm`; its functions must trace with settings that are arrays.
-      data: the same for all runs.
-      runs: the settings that differ, and every run's key, `jax.random.key(seed)`.
-    """
-    return _engine(_program(partial(run_chunks, method, model), layout), data, runs, layout)
-
-
-def _engine(program: Program, data: Data, last: PyTree, layout: Devices) -> Engine:
-    """Args: last: the program's last argument."""
-    everywhere = program.everywhere
+    program = make_program(method, model, layout, frozen_axes=frozen_axes, examples_on_host=examples_on_host)
+    everywhere, count = program.everywhere, len(runs.keys)
+    alone = count == 1
     frozen = _place(data.frozen, program.frozen)
-    test, personal, last = _place((data.test, data.personal, last), everywhere)
-    host = HostExamples(data.train, layout.devices) if layout.data_store == "host" else None
+    runs = jax.tree.map(lambda leaf: leaf[0], runs) if alone else runs
+    test, personal, runs = _place((data.test, data.personal, runs), everywhere)
+    host = HostExamples(data.train, layout.devices) if examples_on_host else None
     resident = None if host is not None else _place(data.train, everywhere)
 
     def by_device(tree: PyTree) -> PyTree:
         return jax.tree.map(partial(_with_devices, layout.devices), tree) if layout.parallel == "pmap" else tree
+
+    def place_states(states: Sequence[PyTree]) -> PyTree:
+        return _place(states[0] if alone else jax.tree.map(lambda *leaves: np.stack(leaves), *states), everywhere)
 
     def place_plan(plan: Plan) -> PlacedPlan:
         plan, examples = (plan, resident) if host is None else host.take(plan)
@@ -190,7 +161,7 @@ def _engine(program: Program, data: Data, last: PyTree, layout: Devices) -> Engi
         return PlacedPlan(common._replace(lanes=lanes, preparations=preparations), examples)
 
     def arguments(state: FederatedState, placed: PlacedPlan) -> tuple:
-        return state, frozen, placed.examples, test, personal, placed.plan, last
+        return state, Data(frozen, placed.examples, test, personal), placed.plan, runs
 
     def run(state: FederatedState, placed: PlacedPlan) -> tuple[FederatedState, dict[str, Array]]:
         return program.call(*arguments(state, placed))
@@ -198,7 +169,26 @@ def _engine(program: Program, data: Data, last: PyTree, layout: Devices) -> Engi
     def compiled(state: FederatedState, placed: PlacedPlan) -> Compiled:
         return program.call.lower(*arguments(state, placed)).compile()  # type: ignore[attr-defined]
 
-    return Engine(lambda state: _place(state, everywhere), place_plan, run, compiled)
+    return Engine(
+        place_states,
+        place_plan,
+        run,
+        states=lambda state: _separate(host_copy(state), count, axis=0),
+        metrics=lambda metrics: _separate(jax.device_get(metrics), count, axis=1),
+        compiled=compiled,
+    )
+
+
+def host_copy(tree: PyTree) -> PyTree:
+    """Copies to numpy. A real copy: on CPU the plain transfer is a view of memory that the next chunk overwrites."""
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
+
+
+def _separate(tree: PyTree, runs: int, axis: int) -> list[PyTree]:
+    """The parts of each run; a run alone has no axis of runs."""
+    if runs == 1:
+        return [tree]
+    return [jax.tree.map(partial(np.take, indices=run, axis=axis), tree) for run in range(runs)]
 
 
 def _place(tree: PyTree, where: PyTree) -> PyTree:
@@ -227,3 +217,8 @@ def _with_devices(devices: int, leaf: np.ndarray) -> np.ndarray:
 def _for_lanes(lanes: Any, rest: Any) -> Any:
     """A plan-shaped tree: one thing for the lanes, another for all else."""
     return Plan(rest, rest, lanes, lanes, rest, rest)
+
+
+def _for_examples(examples: Any, rest: Any) -> Any:
+    """A data-shaped tree: one thing for the training examples, another for all else."""
+    return Data(rest, examples, rest, rest)

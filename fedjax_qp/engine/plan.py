@@ -173,7 +173,7 @@ def steps_bound(works: Sequence[Workload], lanes: int) -> int:
 
 
 def plan_bytes(work: Workload, rounds: int, lanes: int) -> int:
-    """What the arrays of a plan of so many rounds take; see `plan_together`."""
+    """What the arrays of a plan of so many rounds take; see `plan_chunk`."""
     members, batch = work.participation.cohort, work.local.batch_size
     turns, batches = (-(-members // lanes), work.preparation.batches) if work.preparation is not None else (0, 0)
     of_lane = steps_bound([work], lanes) * (2 + batch) + turns * (1 + batches * batch)
@@ -181,29 +181,6 @@ def plan_bytes(work: Workload, rounds: int, lanes: int) -> int:
 
 
 def plan_chunk(
-    work: Workload, first_round: int, rounds: int, *, capacity: int, lanes: int, evaluate_every: int, last_round: int
-) -> Plan:
-    """Plans `rounds` rounds from `first_round` on.
-
-    Args:
-      capacity: R, the chunk's fixed number of rounds; `rounds` ≤ R.
-      evaluate_every: evaluation after each round whose number (from 1) is a multiple of it, and after `last_round`.
-
-    Returns:
-      A plan whose shapes do not depend on the rounds. `rows` equals the clients (a store that holds all of them).
-    """
-    return plan_together(
-        [work],
-        first_round,
-        rounds,
-        capacity=capacity,
-        lanes=lanes,
-        evaluate_every=evaluate_every,
-        last_round=last_round,
-    )
-
-
-def plan_together(
     works: Sequence[Workload],
     first_round: int,
     rounds: int,
@@ -213,10 +190,17 @@ def plan_together(
     evaluate_every: int,
     last_round: int,
 ) -> Plan:
-    """Plans rounds of X runs that share their lanes; see `plan_chunk`.
+    """Plans `rounds` rounds from `first_round` on, of X runs that share their lanes; one run is X = 1.
 
     All runs have cohorts of the same size M and batches of the same size. Their cohorts stand one after another: in the
     plan M is X·M, and slot s is client s mod M of run s div M.
+
+    Args:
+      capacity: R, the chunk's fixed number of rounds; `rounds` ≤ R.
+      evaluate_every: evaluation after each round whose number (from 1) is a multiple of it, and after `last_round`.
+
+    Returns:
+      A plan whose shapes do not depend on the rounds. `rows` equals the clients (a store that holds all of them).
     """
     members, batch, bound = works[0].participation.cohort, works[0].local.batch_size, steps_bound(works, lanes)
     everyone = members * len(works)

@@ -4,14 +4,7 @@ from fedjax_qp.experiment.advice import advice
 from fedjax_qp.experiment.assembly import Experiment, build, check
 from fedjax_qp.experiment.methods import declared, differing_settings, local_optimizer, method, traced_settings
 from fedjax_qp.experiment.parts import defaults, is_whole_number, of_language_model, registries, resolve
-from fedjax_qp.experiment.start import (
-    first_state,
-    host_copy,
-    join_states,
-    start_engine,
-    start_shared_engine,
-    with_layout,
-)
+from fedjax_qp.experiment.start import first_state, start_engine
 
 __all__ = [
     "Experiment",
@@ -22,16 +15,12 @@ __all__ = [
     "defaults",
     "differing_settings",
     "first_state",
-    "host_copy",
     "is_whole_number",
-    "join_states",
     "local_optimizer",
     "method",
     "of_language_model",
     "registries",
     "resolve",
     "start_engine",
-    "start_shared_engine",
     "traced_settings",
-    "with_layout",
 ]

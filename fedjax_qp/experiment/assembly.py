@@ -4,7 +4,9 @@ from typing import Any, NamedTuple
 
 from fedjax_qp.config import Config
 from fedjax_qp.data import check_dataset, check_partition, instruction_sources, partitions
-from fedjax_qp.engine.devices import check_devices, check_lanes, settle, share_out_cores
+from fedjax_qp.engine import Method
+from fedjax_qp.engine.devices import cores_as_devices
+from fedjax_qp.engine.layout import check_lanes, check_layout
 from fedjax_qp.engine.plan import Workload
 from fedjax_qp.experiment.checks import (
     check_accumulation,
@@ -31,6 +33,7 @@ class Experiment(NamedTuple):
     task: Task
     work: Workload
     algorithm: Algorithm
+    method: Method  # the same as a function of settings, for runs that share a program and differ in them
 
     @property
     def model(self) -> Model:
@@ -46,12 +49,13 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
     Raises:
       ConfigurationError: names the value, the allowed range and the remedy.
     """
-    share_out_cores()
-    config = settle(resolve(config))
-    check_devices(config)
+    cores_as_devices()
+    config = resolve(config)
+    check_layout(config)
     task = _build_task(config, check(config), like)
     check_cohort(config, len(task.parts))
-    algorithm = method(config, task.model)({})
+    of_settings = method(config, task.model)
+    algorithm = of_settings({})
     check_dispatch(task.model, algorithm, len(task.parts), config.participation.cohort)
     check_state(config, task.model, algorithm, len(task.parts))
     work = Workload(
@@ -72,7 +76,7 @@ def build(config: Config, like: Experiment | None = None) -> Experiment:
             "engine.client_store = 'host' keeps most clients off the device, but this task tests every client there: "
             f"choose 'device'{'' if task.language is not None else ', or partition.test = common'}."
         )
-    return Experiment(config, task, work, algorithm)
+    return Experiment(config, task, work, algorithm, of_settings)
 
 
 def _build_task(config: Config, algorithm: Algorithm, like: Experiment | None) -> Task:

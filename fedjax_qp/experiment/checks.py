@@ -7,6 +7,7 @@ import psutil
 from jaxtyping import PyTree
 
 from fedjax_qp.config import Config
+from fedjax_qp.engine.layout import fewest_lanes
 from fedjax_qp.engine.plan import Workload, fewest_steps, plan_bytes
 from fedjax_qp.federated import Algorithm, Cohort, Model, Preparation
 from fedjax_qp.registry import ConfigurationError
@@ -52,8 +53,7 @@ def check_state(config: Config, model: Model, algorithm: Algorithm, clients: int
 def check_plan(config: Config, work: Workload) -> None:
     """A plan of absurd size would end in a MemoryError when the run has begun."""
     rounds, local = config.engine.rounds_per_chunk, config.local
-    lanes = 1 if config.engine.lanes == "auto" else config.engine.lanes
-    needed = plan_bytes(work, rounds, lanes)
+    needed = plan_bytes(work, rounds, fewest_lanes(config.engine).lanes)
     if needed > (available := psutil.virtual_memory().total):
         raise ConfigurationError(
             f"the plan of a chunk takes {_gibibytes(needed)}, but this machine has {_gibibytes(available)}: lower "

@@ -22,7 +22,8 @@ def method(config: Config, model: Model) -> Callable[[Mapping[str, Any]], Algori
     """The algorithm of a resolved configuration, as a function of settings that differ from it.
 
     Settings are named as in overrides: those of `TRACED`, for example "local.learning_rate", and the algorithm's options that
-    are floats, for example "algorithm.alpha". Their values may be arrays inside a program.
+    are floats, for example "algorithm.alpha". Their values may be arrays inside a program. Without any it always gives the
+    same object, so that one that was put in its place can be told.
     """
 
     def of_settings(settings: Mapping[str, Any]) -> Algorithm:
@@ -34,7 +35,8 @@ def method(config: Config, model: Model) -> Callable[[Mapping[str, Any]], Algori
         prepare = algorithm.prepare and in_precision(algorithm.prepare, config.precision)
         return algorithm._replace(step=in_precision(algorithm.step, config.precision), prepare=prepare)
 
-    return of_settings
+    configured = of_settings({})
+    return lambda settings: of_settings(settings) if settings else configured
 
 
 def declared(config: Config) -> Algorithm:

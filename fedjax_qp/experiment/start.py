@@ -1,74 +1,50 @@
-"""From an experiment to its engine and first state."""
+"""From experiments to their engine and first states."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
-import numpy as np
-from jaxtyping import PyTree
 
-from fedjax_qp.engine import Data, Devices, Engine, Runs, make_engine, make_shared_engine
-from fedjax_qp.engine.devices import settle
+from fedjax_qp.engine import Data, Engine, Layout, Method, Runs, host_copy, make_engine
 from fedjax_qp.experiment.assembly import Experiment
-from fedjax_qp.experiment.methods import differing_settings, method
+from fedjax_qp.experiment.methods import differing_settings
 from fedjax_qp.federated import FederatedState, init_state, initial_key
+from fedjax_qp.registry import ConfigurationError
 
 
-def start_engine(experiment: Experiment) -> Engine:
-    """The engine for an experiment."""
-    engine = experiment.config.engine
-    return make_engine(
-        experiment.algorithm,
-        experiment.model,
-        frozen=experiment.task.frozen,
-        train=experiment.task.train,
-        test=experiment.task.test,
-        personal=experiment.task.personal,
-        seed=experiment.config.seed,
-        parallel=engine.parallel,
-        devices=engine.lane_devices,
-        model_devices=engine.model_devices,
-        frozen_axes=experiment.task.frozen_axes,
-        data_store=engine.data_store,
-    )
+def start_engine(experiments: Sequence[Experiment], layout: Layout) -> Engine:
+    """One engine for experiments that differ in nothing but what `runs.programs.groups` allows.
 
-
-def start_shared_engine(experiments: Sequence[Experiment]) -> Engine:
-    """One engine for several experiments that differ in nothing but what `runs.together.groups` allows, or for one alone."""
-    if len(experiments) == 1:
-        return start_engine(experiments[0])
-    first, engine = experiments[0], experiments[0].config.engine
+    Raises:
+      ConfigurationError: an algorithm was put in the place of the configured one, but the experiments differ in its settings.
+    """
+    first = experiments[0]
     task = first.task
-    return make_shared_engine(
-        method(first.config, first.model),
+    settings = differing_settings([experiment.config for experiment in experiments])
+    return make_engine(
+        _method(experiments, list(settings)),
         first.model,
         Data(task.frozen, task.train, task.test, task.personal),
-        Devices(engine.parallel, engine.lane_devices, engine.model_devices, task.frozen_axes, engine.data_store),
-        Runs(
-            differing_settings([experiment.config for experiment in experiments]),
-            jax.numpy.stack([jax.random.key(experiment.config.seed) for experiment in experiments]),
-        ),
+        layout,
+        Runs(settings, jax.numpy.stack([jax.random.key(experiment.config.seed) for experiment in experiments])),
+        frozen_axes=task.frozen_axes,
+        examples_on_host=first.config.engine.data_store == "host",
     )
 
 
-def join_states(states: Sequence[FederatedState]) -> FederatedState:
-    """The state that such an engine takes: with a leading axis of runs, which a run alone does not have."""
-    return states[0] if len(states) == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+def _method(experiments: Sequence[Experiment], differing: list[str]) -> Method:
+    """The method of all experiments; an algorithm that was put in the place of the configured one is taken as it is."""
+    first = experiments[0]
+    if all(experiment.algorithm is experiment.method({}) for experiment in experiments):
+        return first.method
+    if differing or any(experiment.algorithm is not first.algorithm for experiment in experiments):
+        raise ConfigurationError(
+            f"algorithms were replaced in experiments that differ in {', '.join(differing) or 'their algorithms'}: replace "
+            "`method`, a function of the settings, in all of them alike, or run them one by one."
+        )
+    return lambda settings: first.algorithm
 
 
 def first_state(experiment: Experiment) -> FederatedState:
     """The state before round 0, on the host."""
     params = jax.jit(experiment.model.init)(initial_key(jax.random.key(experiment.config.seed)))
     return host_copy(init_state(experiment.algorithm, params, len(experiment.work.parts)))
-
-
-def host_copy(tree: PyTree) -> PyTree:
-    """Copies to numpy. A real copy: on CPU the plain transfer is a view of memory that the next chunk overwrites."""
-    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(tree))
-
-
-def with_layout(experiment: Experiment, lanes: int, devices: int) -> Experiment:
-    """The same experiment with fixed numbers of lanes and devices."""
-    config = experiment.config
-    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, lanes=lanes, devices=devices))
-    return experiment._replace(config=settle(config))

@@ -14,7 +14,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
-from fedjax_qp.engine.arrays import of, zeros
+from fedjax_qp.engine.arrays import take, zeros
 from fedjax_qp.engine.evaluation import TestSet, evaluate
 from fedjax_qp.federated import Batch, Model, Params
 from fedjax_qp.quadratic import full_precision
@@ -104,6 +104,6 @@ def _mean(model: Model, objective: Objective, trainable: PyTree, function: Calla
         return jax.tree.map(jnp.add, total, of_batch(Batch(batch.examples, jnp.asarray(batch.mask)))), None
 
     points = jax.tree.map(jnp.asarray, objective.points)
-    first = jax.eval_shape(of_batch, Batch(*of(points, 0)))
+    first = jax.eval_shape(of_batch, Batch(*take(points, 0)))
     (total, count), _ = jax.lax.scan(add, zeros(first), points)
     return scaled(total, 1 / count)

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from fedjax_qp.algorithms.local import Upload
-from fedjax_qp.engine import make_engine
+from fedjax_qp.engine import Layout, host_copy
 from fedjax_qp.engine.plan import plan_chunk
-from fedjax_qp.experiment import Experiment, host_copy
+from fedjax_qp.experiment import Experiment, start_engine
 from fedjax_qp.federated import Algorithm, Cohort, FederatedState
 from fedjax_qp.quadratic import full_precision
 from fedjax_qp.registry import ConfigurationError
@@ -36,38 +36,38 @@ Replay = Callable[[FederatedState], Replayed]
 _PROGRESS, _DIFFERENCE = "conflict/progress", "conflict/difference"
 
 
-def make_replay(experiment: Experiment) -> Replay:
+def make_replay(experiment: Experiment, lanes: int) -> Replay:
     """Returns the function that runs the round after a state; compiled when first called, once for all rounds."""
     algorithm = watched(experiment.algorithm)
     compiled: list[Callable] = []
 
     def replay(state: FederatedState) -> Replayed:
         if not compiled:
-            compiled.append(_engine_run(experiment, algorithm))
+            compiled.append(_engine_run(experiment, algorithm, lanes))
         return compiled[0](state)
 
     return replay
 
 
-def _engine_run(experiment: Experiment, algorithm: Algorithm) -> Replay:
-    config, task = experiment.config, experiment.task
-    lanes = 1 if config.engine.lanes == "auto" else config.engine.lanes
-    engine = make_engine(algorithm, task.model, frozen=task.frozen, train=task.train, test=task.test, seed=config.seed)
+def _engine_run(experiment: Experiment, algorithm: Algorithm, lanes: int) -> Replay:
+    experiment = experiment._replace(algorithm=algorithm)
+    engine = start_engine([experiment], Layout(lanes))
 
     def run(state: FederatedState) -> Replayed:
         round = int(state.round)
         work = experiment.work._replace(memories=state.clients)
-        plan = plan_chunk(work, round, 1, capacity=1, lanes=lanes, evaluate_every=1, last_round=config.rounds)
+        plan = plan_chunk(
+            [work], round, 1, capacity=1, lanes=lanes, evaluate_every=1, last_round=experiment.config.rounds
+        )
         clients, reported = plan.cohorts.clients[0], np.asarray(plan.cohorts.steps[0]) > 0
         # Only the cohort's memories go to the device, and nothing is tested.
         rows = np.arange(len(clients), dtype=np.int32)[None]
         plan = plan._replace(rows=rows, evaluate=np.zeros(1, bool))
         state = host_copy(state._replace(clients=jax.tree.map(lambda leaf: leaf[clients], state.clients)))
-        after, metrics = engine.run(engine.place_state(state), engine.place_plan(plan))
-        progress, difference = (
-            np.asarray(metrics[name][0])[np.ix_(reported, reported)] for name in (_PROGRESS, _DIFFERENCE)
-        )
-        return Replayed(jax.device_get(after.server), np.asarray(clients)[reported], progress, difference)
+        after, metrics = engine.run(engine.place_states([state]), engine.place_plan(plan))
+        (found,), (last,) = engine.metrics(metrics), engine.states(after)
+        progress, difference = (found[name][0][np.ix_(reported, reported)] for name in (_PROGRESS, _DIFFERENCE))
+        return Replayed(last.server, np.asarray(clients)[reported], progress, difference)
 
     return run
 

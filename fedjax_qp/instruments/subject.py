@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from fedjax_qp.algorithms.fedmut import MutationServer
 from fedjax_qp.config import Config, Part
 from fedjax_qp.engine import cut_test_set
+from fedjax_qp.engine.layout import fewest_lanes
 from fedjax_qp.experiment import Experiment, build, first_state, method, of_language_model
 from fedjax_qp.federated import Algorithm, FederatedState, Params
 from fedjax_qp.instruments.objective import Objective
@@ -19,6 +20,7 @@ from fedjax_qp.instruments.replay import Replay, make_replay
 from fedjax_qp.instruments.settings import Settings
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.programs import layout_of
 from fedjax_qp.runs.provenance import provenance
 from fedjax_qp.streams import Stream, generator
 
@@ -75,9 +77,12 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     if not kept:
         raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
     experiment = build(_on_one_device(config), like.experiment if like is not None else None)
+    layout = layout_of(read) or fewest_lanes(experiment.config.engine)
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
-    return InspectedRun(folder, experiment, kept, read.records(), make_replay(experiment), _fedmut(experiment))
+    return InspectedRun(
+        folder, experiment, kept, read.records(), make_replay(experiment, layout.lanes), _fedmut(experiment)
+    )
 
 
 def load(run: InspectedRun, round: int | None, settings: Settings) -> Subject:

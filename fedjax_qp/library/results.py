@@ -164,7 +164,7 @@ class Runs:
             raise ConfigurationError(
                 f"method = {method!r}, seed = {seed!r} names {len(chosen)} runs: choose of {there}."
             )
-        from fedjax_qp.experiment import host_copy
+        from fedjax_qp.engine import host_copy
         from fedjax_qp.runs.export import client_params
         from fedjax_qp.runs.run import restore
 

@@ -107,10 +107,10 @@ def _trained(configs: Sequence[Config], progress: bool, temporary: Path | None) 
     from fedjax_qp.files import keep_programs
 
     keep_programs()
-    from fedjax_qp.runs.together import run_together
+    from fedjax_qp.runs.run import run_all
 
     with Progress(configs, shown=progress) as shown:
-        outcomes = run_together(configs, Warner(shown.describe), stop=shown.note)
+        outcomes = run_all(configs, Warner(shown.describe), stop=shown.note)
         for place, outcome in enumerate(outcomes):
             shown.note(place, RunFolder(outcome.folder).records(missing_ok=True))
     for outcome, config in zip(outcomes, configs, strict=True):
@@ -163,9 +163,10 @@ def simulate(
         **settings,
     )
     from fedjax_qp.experiment import build
+    from fedjax_qp.runs.loop import of_one_run
     from fedjax_qp.runs.loop import simulate as chunks
 
-    return chunks(build(config))
+    return of_one_run(chunks([build(config)]))
 
 
 def sweep(config: str | Path, *overrides: str) -> Runs:

@@ -314,9 +314,9 @@ def _timing(run: Run, times: list[Time]) -> list[tuple[str, str]]:
         first = [time.seconds - time.rounds * statistics.median(steady) for time in times if time.first]
         rows.append(("start and compilation, about", _duration(max(0.0, sum(first)))))
     rows.append(("processes", str(sum(time.first for time in times))))
-    together = RunFolder(run.folder).runs_in_program()
-    if together > 1:
-        rows.append(("shared", f"{together} runs in one program: times are those of all"))
+    program = RunFolder(run.folder).program()
+    if program is not None and program.runs > 1:
+        rows.append(("shared", f"{program.runs} runs in one program: times are those of all"))
     return rows
 
 

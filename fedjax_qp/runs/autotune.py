@@ -11,22 +11,20 @@ A number of lanes whose program would not fit the device's memory, by the compil
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import psutil
 
 from fedjax_qp.config import Engine as EngineSettings
-from fedjax_qp.engine import bytes_needed
-from fedjax_qp.engine.devices import choices
-from fedjax_qp.engine.plan import Plan, Workload, longest_lane, plan_together, sample_cohort
-from fedjax_qp.experiment import Experiment, first_state, join_states, start_shared_engine, with_layout
+from fedjax_qp.engine import Layout, bytes_needed
+from fedjax_qp.engine.layout import open_layouts
+from fedjax_qp.engine.plan import Plan, Workload, longest_lane, plan_chunk, sample_cohort
+from fedjax_qp.experiment import Experiment, first_state, start_engine
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import processes
-from fedjax_qp.runs.folder import RunFolder
 
 SHARE = 0.8  # of a device's memory; the rest is for copies on their way, and for what the compiler does not count
 _SHORT, _LONG = 4, 24  # steps of two trial rounds, whose difference is free of a round's fixed costs
@@ -35,14 +33,14 @@ _LONG_SECONDS = 1.0  # a long round of slow steps has fewer of them
 _ALL_SECONDS = 6.0  # and is repeated less often
 _WORSE = 1.3  # times the best round: a trial beyond it is the last of its number of devices
 _HOPELESS = 1.1  # times the best round: more lanes of which this much is expected are not tried
+_SEARCH = 0.2  # of the time that all rounds take: what the search for a layout may cost
 _COHORTS = 50  # sampled cohorts over which the round's length is averaged
 
 
 class LaneTrial(NamedTuple):
-    """What was measured for one number of lanes on some devices."""
+    """What was measured for one layout."""
 
-    lanes: int  # on all of them
-    devices: int
+    layout: Layout
     step_seconds: float  # all lanes together
     steps: float  # mean steps of a round
     use: float  # share of lane-steps that train a client
@@ -53,14 +51,8 @@ class LaneTrial(NamedTuple):
         return self.step_seconds * self.steps
 
     def __str__(self) -> str:
-        said = f"{_layout(self.lanes, self.devices)}: {self.round_seconds:.2f} s at {self.use:.0%} use"
+        said = f"{self.layout}: {self.round_seconds:.2f} s at {self.use:.0%} use"
         return f"{said}, {_gigabytes(self.bytes)}"
-
-
-def candidates(clients: int, devices: int) -> list[int]:
-    """1, 2, 3, 5, 10, 20, … up to the clients of a round, and one for each, as multiples of the number of devices."""
-    numbers = {base * 10**power for base in (1, 2, 3, 5) for power in range(5)} | {clients}
-    return sorted({-(-number // devices) * devices for number in numbers if number <= clients})
 
 
 class Budget(NamedTuple):
@@ -76,41 +68,41 @@ class Budget(NamedTuple):
 class TooLarge(NamedTuple):
     """A program that was compiled but not run, since it does not fit."""
 
-    lanes: int
-    devices: int
+    layout: Layout
     bytes: int
     budget: Budget
     skipped: list[int]  # more lanes still: not even compiled
 
     def __str__(self) -> str:
         more = f", nor {', '.join(map(str, self.skipped))}" if self.skipped else ""
-        return f"{_layout(self.lanes, self.devices)}, which takes {_gigabytes(self.bytes)} of {self.budget}{more}"
+        return f"{self.layout}, which takes {_gigabytes(self.bytes)} of {self.budget}{more}"
 
 
 class LayoutChoice(NamedTuple):
-    """The numbers of lanes and devices, and what they rest on."""
+    """The layout, and what the choice rests on; no trials where the settings left nothing open."""
 
-    lanes: int
-    devices: int
+    layout: Layout
     trials: list[LaneTrial]
     too_large: list[TooLarge]
 
     def __str__(self) -> str:
-        said = f"lanes: {_layout(self.lanes, self.devices)} (predicted round {', '.join(map(str, self.trials))})"
+        said = f"lanes: {self.layout} (predicted round {', '.join(map(str, self.trials))})"
         return "; not tried: ".join([said, *map(str, self.too_large)])
 
-    def write(self, folder: Path) -> None:
-        """Leaves the choice in a run's folder."""
-        trials = [{**trial._asdict(), "round_seconds": trial.round_seconds} for trial in self.trials]
-        too_large = [{**found._asdict(), "budget": found.budget._asdict()} for found in self.too_large]
-        RunFolder(folder).lanes.write({**self._asdict(), "trials": trials, "too_large": too_large})
+    def facts(self) -> dict[str, Any]:
+        """All of it as plain JSON, for the run's folder."""
+        trials = [
+            {**trial._asdict(), "layout": trial.layout._asdict(), "round_seconds": trial.round_seconds}
+            for trial in self.trials
+        ]
+        too_large = [
+            {**found._asdict(), "layout": found.layout._asdict(), "budget": found.budget._asdict()}
+            for found in self.too_large
+        ]
+        return {**self.layout._asdict(), "trials": trials, "too_large": too_large}
 
 
-def _layout(lanes: int, devices: int) -> str:
-    return f"{lanes}" if devices == 1 else f"{lanes} on {devices} devices"
-
-
-def memory_budget(settings: EngineSettings) -> Budget:
+def memory_budget(settings: EngineSettings, layout: Layout) -> Budget:
     """What a program may take on each device: as configured, or `SHARE` of the device's memory.
 
     A CPU is a device without memory of its own: its host devices share what the machine has left. (A container's limit is
@@ -122,17 +114,18 @@ def memory_budget(settings: EngineSettings) -> Budget:
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in here]
     if all(limits):
         return Budget(int(SHARE * min(limit for limit in limits if limit)), f"{SHARE:.0%} of the device's memory")
-    used = min(len(here), settings.lane_devices * settings.model_devices)
+    used = min(len(here), layout.devices * layout.model_devices)
     free = psutil.virtual_memory().available
     return Budget(int(SHARE * free / used), f"{SHARE:.0%} of the machine's free memory for {used} device(s)")
 
 
 def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
-    """Measures the candidates (compiling one small program for each) and picks the best.
+    """The layout that the settings name, or the best of those that they leave open, by measurement.
 
-    For each number of devices it goes upwards in lanes. It ends where a program exceeds the memory, where a round took
-    `_WORSE` times as long as the best so far, or where the next is expected to be worse: more lanes never make a step's time
-    grow more slowly than before, since a device that is full stays full.
+    Compiles one small program for each candidate. For each number of devices it goes upwards in lanes. It ends where a
+    program exceeds the memory, where a round took `_WORSE` times as long as the best so far, or where the next is expected
+    to be worse: more lanes never make a step's time grow more slowly than before, since a device that is full stays full.
+    Short runs end the search early too: it may take no more than `_SEARCH` of what all rounds take with the best so far.
 
     Args:
       experiments: the runs that will share the lanes; one for a run alone.
@@ -141,21 +134,34 @@ def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
       ConfigurationError: not even the fewest lanes fit the memory.
     """
     config = experiments[0].config
-    clients = len(experiments) * config.participation.cohort
+    options = open_layouts(config.engine, len(experiments) * config.participation.cohort)
+    if config.engine.lanes != "auto":
+        return LayoutChoice(options[0][0], [], [])
+    started = time.perf_counter()
     cohorts = sampled_steps(experiments)
     trials: list[LaneTrial] = []
     too_large: list[TooLarge] = []
-    for devices in choices(config.engine, clients):
-        numbers = candidates(clients, devices)
-        budget = memory_budget(with_layout(experiments[0], numbers[0], devices).config.engine)
+
+    def worthwhile() -> bool:
+        spent = float(processes.of_first(time.perf_counter() - started))
+        return not trials or spent < _SEARCH * config.rounds * _best(trials).round_seconds
+
+    for layouts in options:
+        budget = memory_budget(config.engine, layouts[0])
         budget = budget._replace(bytes=int(processes.of_first(budget.bytes)))
         here: list[LaneTrial] = []
-        for place, lanes in enumerate(numbers):
-            if len(here) > 1 and _expected_seconds(cohorts, here, lanes) > _HOPELESS * _best(trials).round_seconds:
+        for place, layout in enumerate(layouts):
+            if not worthwhile():
                 break
-            timer = LaneTimer([with_layout(experiment, lanes, devices) for experiment in experiments])
+            if (
+                len(here) > 1
+                and _expected_seconds(cohorts, here, layout.lanes) > _HOPELESS * _best(trials).round_seconds
+            ):
+                break
+            timer = LaneTimer(experiments, layout)
             if timer.bytes > budget.bytes:
-                too_large.append(TooLarge(lanes, devices, timer.bytes, budget, numbers[place + 1 :]))
+                skipped = [more.lanes for more in layouts[place + 1 :]]
+                too_large.append(TooLarge(layout, timer.bytes, budget, skipped))
                 break
             here.append(timer.trial(cohorts))
             trials.append(here[-1])
@@ -164,16 +170,7 @@ def choose_layout(experiments: Sequence[Experiment]) -> LayoutChoice:
                 break
     if not trials:
         raise _nothing_fits(too_large[-1])
-    best = _best(trials)
-    return LayoutChoice(best.lanes, best.devices, trials, too_large)
-
-
-def definite_layout(experiments: Sequence[Experiment]) -> list[Experiment]:
-    """The experiments with a fixed layout: their own, or one that is measured now."""
-    if experiments[0].config.engine.lanes != "auto":
-        return list(experiments)
-    choice = choose_layout(experiments)
-    return [with_layout(experiment, choice.lanes, choice.devices) for experiment in experiments]
+    return LayoutChoice(_best(trials).layout, trials, too_large)
 
 
 def sampled_steps(experiments: Sequence[Experiment]) -> list[np.ndarray]:
@@ -185,8 +182,8 @@ def sampled_steps(experiments: Sequence[Experiment]) -> list[np.ndarray]:
 def _expected_seconds(cohorts: Sequence[np.ndarray], trials: Sequence[LaneTrial], lanes: int) -> float:
     """The least that a round with more lanes will take, if a step's time grows as between the last two trials."""
     before, last = trials[-2:]
-    growth = (last.step_seconds - before.step_seconds) / (last.lanes - before.lanes)
-    return (last.step_seconds + max(growth, 0) * (lanes - last.lanes)) * _round_steps(cohorts, lanes)[0]
+    growth = (last.step_seconds - before.step_seconds) / (last.layout.lanes - before.layout.lanes)
+    return (last.step_seconds + max(growth, 0) * (lanes - last.layout.lanes)) * _round_steps(cohorts, lanes)[0]
 
 
 def _round_steps(cohorts: Sequence[np.ndarray], lanes: int) -> tuple[float, float]:
@@ -201,7 +198,7 @@ def _best(trials: Sequence[LaneTrial]) -> LaneTrial:
 
 def _nothing_fits(fewest: TooLarge) -> ConfigurationError:
     return ConfigurationError(
-        f"engine.lanes = 'auto': {fewest.lanes} lane(s), the fewest there can be, take {_gigabytes(fewest.bytes)} of "
+        f"engine.lanes = 'auto': {fewest.layout.lanes} lane(s), the fewest there can be, take {_gigabytes(fewest.bytes)} of "
         f"{fewest.budget}. Choose a smaller local.batch_size, evaluation.batch_size or model, "
         f"engine.client_store = 'host' for large client memories, or engine.memory_gigabytes of at least "
         f"{fewest.bytes / 2**30:.2g}."
@@ -215,14 +212,11 @@ def _gigabytes(size: int) -> str:
 class LaneTimer:
     """Times a step of `lanes` clients: the difference of a long and a short trial round is free of a round's fixed costs."""
 
-    def __init__(self, experiments: Sequence[Experiment]):
-        """Args: experiments: with the lanes and devices to be timed."""
-        self.experiments, engine = experiments, experiments[0].config.engine
-        assert engine.lanes != "auto"
-        self.lanes, self.devices = engine.lanes, engine.lane_devices
-        self.engine = start_shared_engine(experiments)
+    def __init__(self, experiments: Sequence[Experiment], layout: Layout):
+        self.experiments, self.layout, self.lanes = experiments, layout, layout.lanes
+        self.engine = start_engine(experiments, layout)
         states = [_first_state(experiment, self._members()) for experiment in experiments]
-        self.state = self.engine.place_state(join_states(states))
+        self.state = self.engine.place_states(states)
         self.plans = {_SHORT: self.engine.place_plan(self._plan(_SHORT))}  # `trial` adds a long one
         compiled = self.engine.compiled(self.state, self.plans[_SHORT])
         self.bytes = bytes_needed(compiled) + sum(map(self._left_out, experiments))
@@ -238,7 +232,7 @@ class LaneTimer:
         steps, use = _round_steps(cohorts, self.lanes)
         repeats = self._add_long_plan()
         seconds = processes.of_first(float(np.median([self() for _ in range(repeats)])))
-        return LaneTrial(self.lanes, self.devices, seconds, steps, use, self.bytes)
+        return LaneTrial(self.layout, seconds, steps, use, self.bytes)
 
     def _seconds(self, steps: int) -> float:
         started = time.perf_counter()
@@ -270,7 +264,7 @@ class LaneTimer:
         """One round in which every lane trains one of the largest clients for `steps` full batches, without evaluation."""
         lanes = self.lanes
         works = [_trial_work(experiment.work, self._members()) for experiment in self.experiments]
-        plan = plan_together(works, 0, 1, capacity=1, lanes=lanes, evaluate_every=2, last_round=2)
+        plan = plan_chunk(works, 0, 1, capacity=1, lanes=lanes, evaluate_every=2, last_round=2)
         nobody = plan.preparations._replace(turns=np.zeros((lanes, 1), np.int32))  # a round's preparation is no step
         return plan._replace(lanes=plan.lanes._replace(steps=np.full((lanes, 1), steps, np.int32)), preparations=nobody)
 

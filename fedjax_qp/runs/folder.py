@@ -29,6 +29,14 @@ _WATCHES = pydantic.TypeAdapter(tuple[Watch, ...])
 _KINDS = {"name": str, "seed": int, "rounds": int}  # of settings that every reader of a configuration needs
 
 
+class SharedProgram(pydantic.BaseModel, strict=True):
+    """A run's place among those of one program; a run alone has a program of its own."""
+
+    id: str
+    runs: pydantic.PositiveInt
+    place: pydantic.NonNegativeInt
+
+
 class RunFolder:
     """A run's folder, which need not exist yet; making this object reads nothing.
 
@@ -44,8 +52,9 @@ class RunFolder:
         self.environment = JsonFile(path / "environment.json")  # what it is computed with
         self.provenance = JsonFile(path / "provenance.json")  # digests of what it is made of
         self.watched = JsonFile(path / "watched.json")
-        self.lanes = JsonFile(path / "lanes.json")  # the layout that was measured
-        self.program = JsonFile(path / "together.json")  # which program it shares with other runs, and how
+        self.layout = JsonFile(
+            path / "layout.json"
+        )  # lanes and devices, and the program that it shares with other runs
         # While it goes on.
         self.records_file = path / "records.jsonl"
         self.times = Times(path / "times.jsonl")
@@ -247,10 +256,12 @@ class RunFolder:
         self.failure.remove()
         self.end.remove()
 
-    def runs_in_program(self) -> int:
-        """How many runs were last computed in one program, this one among them."""
-        runs = (self.program.read() or {}).get("runs")
-        return runs if type(runs) is int else 1
+    def program(self) -> "SharedProgram | None":
+        """The program that the run was last in; None where none is noted, or the note is damaged."""
+        try:
+            return SharedProgram.model_validate((self.layout.read() or {}).get("program"))
+        except pydantic.ValidationError:
+            return None
 
     def watches(self) -> tuple[Watch, ...]:
         """What is watched of the run; nothing where an earlier version wrote the folder, or the file is damaged."""

@@ -21,8 +21,8 @@ from rich.table import Table
 
 from fedjax_qp.config import Config
 from fedjax_qp.data.text.sequences import Sequences
-from fedjax_qp.engine import Devices, PersonalTests, Program, TestSet, make_program
-from fedjax_qp.engine.devices import check_devices, settle
+from fedjax_qp.engine import Data, Layout, PersonalTests, Program, Runs, TestSet, make_program
+from fedjax_qp.engine.layout import check_layout, most_lanes
 from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
 from fedjax_qp.experiment import declared, method, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
@@ -60,24 +60,14 @@ class _Arguments(NamedTuple):
     """Of a chunk's program, in its order; shapes with their places."""
 
     state: FederatedState
-    frozen: PyTree
-    train: Sequences
-    test: TestSet
-    personal: PersonalTests
+    data: Data
     plan: Plan
-    key: jax.ShapeDtypeStruct
+    runs: Runs
 
 
-def on_a_mesh(config: Config) -> Config:
-    """With definite devices: one where none are named, since those of this machine do not matter."""
-    if config.engine.devices == "auto":
-        config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, devices=1))
-    return settle(config)
-
-
-def devices_needed(config: Config) -> int:
-    """Devices of the mesh; of settled settings."""
-    return config.engine.lane_devices * config.engine.model_devices
+def assumed_layout(config: Config) -> Layout:
+    """The most lanes that the settings allow, and one device where none are named: those of this machine do not matter."""
+    return most_lanes(config.engine, config.participation.cohort)
 
 
 def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memory:
@@ -97,9 +87,11 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
             f"--clients = {clients} and --sequences-per-client = {sequences_per_client} must be at least 1 each, and their "
             f"product at most {MOST_SEQUENCES:,}: choose other numbers."
         )
-    config = on_a_mesh(resolve(config))
+    config = resolve(config)
     folder = _folder(config)
-    check_devices(config)
+    layout = assumed_layout(config)
+    engine = dataclasses.replace(config.engine, devices=layout.devices, parallel=layout.parallel)
+    check_layout(dataclasses.replace(config, engine=engine))
     if config.participation.cohort > clients:
         raise ConfigurationError(
             f"participation.cohort = {config.participation.cohort} is more than the {clients} clients assumed: choose a "
@@ -107,24 +99,18 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         )
     base = read_config(folder)
     model = _model(config, base)
-    algorithm = method(config, model)({})
-    engine = config.engine
-    layout = Devices(
-        "vmap" if engine.parallel == "vmap" else "shard_map",
-        engine.lane_devices,
-        engine.model_devices,
-        split_axes(base, engine.model_devices),
-    )
-    program = make_program(algorithm, model, layout)
-    lanes = _lanes(config)
-    arguments = _arguments(config, base, model, algorithm, program, lanes, clients, sequences_per_client)
+    of_settings = method(config, model)
+    layout = layout._replace(parallel="vmap" if layout.parallel == "vmap" else "shard_map")
+    program = make_program(of_settings, model, layout, frozen_axes=split_axes(base, layout.model_devices))
+    arguments = _arguments(config, base, model, of_settings({}), program, layout.lanes, clients, sequences_per_client)
     started = time.perf_counter()
     found = program.call.lower(*arguments).compile().memory_analysis()  # type: ignore[attr-defined]
     seconds = time.perf_counter() - started
-    batches = (arguments.train, arguments.test, arguments.personal, arguments.plan, arguments.key)
-    one_client = (arguments.state.clients, arguments.train, arguments.personal)
+    data = arguments.data
+    batches = (data.train, data.test, data.personal, arguments.plan, arguments.runs)
+    one_client = (arguments.state.clients, data.train, data.personal)
     return Memory(
-        frozen=_on_device(arguments.frozen),
+        frozen=_on_device(data.frozen),
         clients=_on_device(arguments.state.clients),
         server=_on_device((arguments.state.round, arguments.state.server)),
         batches=_on_device(batches),
@@ -132,7 +118,7 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
         temporaries=found.temp_size_in_bytes,
         trainable_entries=int(lora.count(jax.eval_shape(model.init, jax.random.key(0)).trainable)),
         per_client=_on_device(one_client) // clients,
-        lanes=lanes // engine.lane_devices,
+        lanes=layout.lanes // layout.devices,
         argument_bytes=found.argument_size_in_bytes,
         seconds=seconds,
     )
@@ -140,10 +126,10 @@ def measure(config: Config, *, clients: int, sequences_per_client: int) -> Memor
 
 def memory_table(config: Config, memory: Memory) -> Table:
     """The table for the terminal."""
-    engine = config.engine
+    layout = assumed_layout(config)
     title = (
-        f"{config.name}: bytes on each of {devices_needed(config)} devices ({engine.parallel}, {engine.devices} × "
-        f"{engine.model_devices}), {memory.lanes} lane(s) on each group"
+        f"{config.name}: bytes on each of {layout.devices * layout.model_devices} devices ({layout.parallel}, "
+        f"{layout.devices} × {layout.model_devices}), {memory.lanes} lane(s) on each group"
     )
     table = Table("what", "bytes", "GiB", title=title, title_justify="left")
     for column in table.columns[1:]:
@@ -184,13 +170,6 @@ def _model(config: Config, base: LlamaConfig) -> Model:
     )
 
 
-def _lanes(config: Config) -> int:
-    """As configured; with "auto" the most there can be."""
-    engine = config.engine
-    most = -(-config.participation.cohort // engine.lane_devices) * engine.lane_devices
-    return most if engine.lanes == "auto" else engine.lanes
-
-
 def _arguments(
     config: Config,
     base: LlamaConfig,
@@ -215,7 +194,7 @@ def _arguments(
     members = [np.arange(client * sequences, (client + 1) * sequences) for client in range(clients)]
     work = Workload(members, config.participation, config.local, config.seed, preparation=algorithm.preparation)
     plan = plan_chunk(
-        work, 0, 1, capacity=config.engine.rounds_per_chunk, lanes=lanes, evaluate_every=1, last_round=config.rounds
+        [work], 0, 1, capacity=config.engine.rounds_per_chunk, lanes=lanes, evaluate_every=1, last_round=config.rounds
     )
     by_lane = partial(_placed, program.by_lane)
     batch, tests = config.evaluation.batch_size, config.text.test_records
@@ -223,12 +202,14 @@ def _arguments(
     length = max(2, min(config.text.cut_off, base.maximum_positions))  # as in a run, unless a record is longer
     return _Arguments(
         state=here(state),
-        frozen=jax.tree.map(lambda leaf, where: _placed(where, leaf), weights, in_place),
-        train=here(_sequences(clients * sequences, length)),
-        test=here(_test_set(-(-clients * tests // batch), batch, length)),
-        personal=here(PersonalTests(*_test_set(clients, -(-tests // own), own, length))),
+        data=Data(
+            frozen=jax.tree.map(lambda leaf, where: _placed(where, leaf), weights, in_place),
+            train=here(_sequences(clients * sequences, length)),
+            test=here(_test_set(-(-clients * tests // batch), batch, length)),
+            personal=here(PersonalTests(*_test_set(clients, -(-tests // own), own, length))),
+        ),
         plan=here(plan)._replace(lanes=by_lane(plan.lanes), preparations=by_lane(plan.preparations)),
-        key=here(jax.eval_shape(lambda: jax.random.key(0))),
+        runs=Runs({}, here(jax.eval_shape(lambda: jax.random.key(0)))),
     )
 
 

@@ -1,7 +1,6 @@
 """The loop over chunks: plan on the host, run on the device, hand back the records. For notebooks and for `run`."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -9,11 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree
 
-from fedjax_qp.engine import Engine
-from fedjax_qp.engine.plan import Plan, of_run, plan_together, taken_part
-from fedjax_qp.experiment import Experiment, first_state, host_copy, join_states, start_shared_engine
+from fedjax_qp.engine import Engine, Layout, host_copy
+from fedjax_qp.engine.plan import Plan, of_run, plan_chunk, taken_part
+from fedjax_qp.experiment import Experiment, first_state, start_engine
 from fedjax_qp.federated import FederatedState
-from fedjax_qp.runs.autotune import definite_layout
+from fedjax_qp.runs.autotune import choose_layout
 from fedjax_qp.runs.records import chunk_records, nonfinite_clients
 
 
@@ -57,12 +56,11 @@ def waits_for_memories(experiment: Experiment) -> bool:
     return sampling is not None and sampling.reads_memories
 
 
-def chunk_plan(experiments: Experiment | Sequence[Experiment], lanes: int, first_round: int, rounds: int) -> Plan:
-    """The plan of one chunk of an experiment, or of several that share a program."""
-    together = [experiments] if isinstance(experiments, Experiment) else experiments
-    config = together[0].config
-    return plan_together(
-        [experiment.work for experiment in together],
+def chunk_plan(experiments: Sequence[Experiment], lanes: int, first_round: int, rounds: int) -> Plan:
+    """The plan of one chunk of experiments that share a program."""
+    config = experiments[0].config
+    return plan_chunk(
+        [experiment.work for experiment in experiments],
         first_round,
         rounds,
         capacity=config.engine.rounds_per_chunk,
@@ -72,37 +70,20 @@ def chunk_plan(experiments: Experiment | Sequence[Experiment], lanes: int, first
     )
 
 
-def simulate(experiment: Experiment, state: FederatedState | None = None) -> Iterator[Chunk]:
-    """Runs an experiment from `state` (default: from the beginning) to its last round.
-
-    Args:
-      experiment: what to run; with `engine.lanes: auto` the number of lanes is measured first.
-      state: as handed back by an earlier chunk.
-
-    Yields:
-      One `Chunk` per program call.
-
-    Raises:
-      NonFiniteLoss: some client's training loss was not finite; the chunk is not handed back.
-    """
-    for (chunk,) in simulate_together([experiment], [state]):
-        if isinstance(chunk, NonFiniteLoss):
-            raise chunk
-        assert chunk is not None
-        yield chunk
-
-
-def simulate_together(
+def simulate(
     experiments: Sequence[Experiment],
-    states: Sequence[FederatedState | None],
+    states: Sequence[FederatedState | None] | None = None,
+    layout: Layout | None = None,
     stopped: Set[int] = frozenset(),
     started: Callable[[], None] = lambda: None,
     gone: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[list[Chunk | NonFiniteLoss | None]]:
-    """Runs several experiments in one program; see `together`.
+    """Runs X experiments in one program to their last round; one experiment is X = 1. See `together`.
 
     Args:
-      states: None starts at the beginning; all must have finished equally many rounds.
+      states: as handed back by earlier chunks; None, also for a single one, starts at the beginning. All must have finished
+        equally many rounds.
+      layout: None measures what the settings leave open.
       stopped: positions of experiments that go no further. The caller may add to it between chunks, which takes effect
         with the next chunk but one: the device is a chunk ahead.
       gone: positions of experiments that ended in an earlier process, with the first round that is planned without them.
@@ -114,15 +95,16 @@ def simulate_together(
       Per program call and experiment a `Chunk`; None once it is in `stopped`; and the error, once, where its training has
       left the finite numbers, after which it is stopped too.
     """
-    experiments = definite_layout(experiments)
-    config, broken, lanes = experiments[0].config, set(), experiments[0].config.engine.lanes
-    assert lanes != "auto"
+    config, runs = experiments[0].config, len(experiments)
+    states = [None] * runs if states is None else states
+    broken: set[int] = set()
+    layout = choose_layout(experiments).layout if layout is None else layout
     pairs = zip(experiments, states, strict=True)
     host = [first_state(experiment) if state is None else host_copy(state) for experiment, state in pairs]
-    runs, engine = len(experiments), start_shared_engine(experiments)
+    engine = start_engine(experiments, layout)
     bounds = chunk_bounds(int(host[0].round), config.rounds, config.engine.rounds_per_chunk)
     if config.engine.client_store == "host":
-        store: ClientStore = HostStore(host[0].clients, config.engine.rounds_per_chunk * config.participation.cohort)
+        store: ClientStore = HostStore(host, config.engine.rounds_per_chunk * config.participation.cohort)
     else:
         store = ClientStore()
 
@@ -134,7 +116,7 @@ def simulate_together(
         for run, (experiment, state) in enumerate(zip(experiments, states, strict=True)):
             work = experiment.work._replace(stopped=run in ended, memories=state.clients if waits else None)
             planned.append(experiment._replace(work=work))
-        return chunk_plan(planned, lanes, first_round, rounds)
+        return chunk_plan(planned, layout.lanes, first_round, rounds)
 
     def launch(device_state: FederatedState, plan: Plan) -> tuple[FederatedState, dict]:
         device_state, local_plan = store.load(engine, device_state, plan)
@@ -153,12 +135,12 @@ def simulate_together(
     if not bounds:
         return
     plan = plan_of(*bounds[0], host)
-    device_state, metrics = launch(engine.place_state(store.take_out(join_states(host))), plan)
+    device_state, metrics = launch(engine.place_states(store.take_out(host)), plan)
     started()
     for (first_round, _), following in zip(bounds, [*bounds[1:], None], strict=True):
         next_plan = plan_of(*following, host) if following and not waits else None  # while the device works
-        found = _separate(jax.device_get(metrics), runs, axis=1)
-        finished = _separate(store.put_back(device_state, plan), runs, axis=0)
+        found = engine.metrics(metrics)
+        finished = store.put_back(engine, device_state, plan)
         ended = stopped | broken | gone.keys()
         chunks = [
             None if run in ended else chunk_of(run, finished[run], found[run], of_run(plan, run, runs), first_round)
@@ -176,6 +158,19 @@ def simulate_together(
             return
 
 
+def of_one_run(chunks: Iterable[list[Chunk | NonFiniteLoss | None]]) -> Iterator[Chunk]:
+    """The chunks of a run alone.
+
+    Raises:
+      NonFiniteLoss: some client's training loss was not finite; that chunk is not handed back.
+    """
+    for (chunk,) in chunks:
+        if isinstance(chunk, NonFiniteLoss):
+            raise chunk
+        assert chunk is not None
+        yield chunk
+
+
 def _nonfinite(experiment: Experiment, round: int, clients: list[int]) -> NonFiniteLoss:
     lengths = ["local.momentum", *(f"algorithm.{option}" for option in experiment.algorithm.step_sizes)]
     return NonFiniteLoss(
@@ -184,56 +179,61 @@ def _nonfinite(experiment: Experiment, round: int, clients: list[int]) -> NonFin
     )
 
 
-def _separate(tree: PyTree, runs: int, axis: int) -> list[PyTree]:
-    """The parts of each run; a run alone has no axis of runs."""
-    if runs == 1:
-        return [tree]
-    return [jax.tree.map(partial(np.take, indices=run, axis=axis), tree) for run in range(runs)]
-
-
 class ClientStore:
     """Client memories stay on the device, all of them."""
 
-    def take_out(self, state: FederatedState) -> FederatedState:
-        """The part of a state that lies on the device between chunks."""
-        return state
+    def take_out(self, states: Sequence[FederatedState]) -> Sequence[FederatedState]:
+        """The part of each run's state that lies on the device between chunks."""
+        return states
 
     def load(self, engine: Engine, state: FederatedState, plan: Plan) -> tuple[FederatedState, Plan]:
         """Adds the memories that a plan needs."""
         return state, plan
 
-    def put_back(self, state: FederatedState, plan: Plan) -> FederatedState:
-        """The whole state on the host, after the plan was run."""
-        return host_copy(state)
+    def put_back(self, engine: Engine, state: FederatedState, plan: Plan) -> list[FederatedState]:
+        """The whole state of each run on the host, after the plan was run."""
+        return engine.states(state)
 
 
 class HostStore(ClientStore):
     """Client memories stay on the host; the device sees only the rows that a chunk uses."""
 
-    def __init__(self, memories: PyTree, most_rows: int):
-        self.memories = memories
-        clients = [len(leaf) for leaf in jax.tree.leaves(memories)]
+    def __init__(self, states: Sequence[FederatedState], most_rows: int):
+        self.memories = [state.clients for state in states]
+        clients = [len(leaf) for leaf in jax.tree.leaves(self.memories)]
         self.capacity = min([most_rows, *clients])
 
-    def take_out(self, state: FederatedState) -> FederatedState:
-        return state._replace(clients=self._rows(np.zeros(self.capacity, np.int64)))
+    def take_out(self, states: Sequence[FederatedState]) -> Sequence[FederatedState]:
+        nothing = np.zeros(self.capacity, np.int64)
+        return [state._replace(clients=_rows(state.clients, nothing)) for state in states]
 
     def load(self, engine: Engine, state: FederatedState, plan: Plan) -> tuple[FederatedState, Plan]:
         used = self._used(plan)
-        fixed_number = np.resize(used, self.capacity)  # repeats rows: shapes must not depend on the plan
-        rows = np.searchsorted(used, plan.cohorts.clients).astype(np.int32)
-        clients = engine.place_state(self._rows(fixed_number))
-        return state._replace(clients=clients), plan._replace(rows=np.minimum(rows, len(used) - 1))
+        fixed_number = [
+            np.resize(clients, self.capacity) for clients in used
+        ]  # repeats rows: shapes must not depend on the plan
+        placed = engine.place_states(list(map(_rows, self.memories, fixed_number)))
+        runs = len(used)
+        # A round that is not in use names clients that are not there; they stay within the rows.
+        rows = [
+            np.minimum(np.searchsorted(clients, of_run(plan, run, runs).cohorts.clients), len(clients) - 1)
+            for run, clients in enumerate(used)
+        ]
+        return state._replace(clients=placed), plan._replace(rows=np.concatenate(rows, axis=1).astype(np.int32))
 
-    def put_back(self, state: FederatedState, plan: Plan) -> FederatedState:
-        used = self._used(plan)
-        new = host_copy(state.clients)
-        for whole, rows in zip(jax.tree.leaves(self.memories), jax.tree.leaves(new), strict=True):
-            whole[used] = rows[: len(used)]
-        return host_copy(state._replace(clients=self.memories))
+    def put_back(self, engine: Engine, state: FederatedState, plan: Plan) -> list[FederatedState]:
+        found = engine.states(state)
+        for memories, run, used in zip(self.memories, found, self._used(plan), strict=True):
+            for whole, rows in zip(jax.tree.leaves(memories), jax.tree.leaves(run.clients), strict=True):
+                whole[used] = rows[: len(used)]
+        return [host_copy(run._replace(clients=own)) for run, own in zip(found, self.memories, strict=True)]
 
-    def _used(self, plan: Plan) -> Int[np.ndarray, "U"]:
-        return np.unique(plan.cohorts.clients[: int(plan.rounds)])
+    def _used(self, plan: Plan) -> list[Int[np.ndarray, "U"]]:
+        """The clients of each run in a plan."""
+        runs = len(self.memories)
+        cohorts = [of_run(plan, run, runs).cohorts.clients for run in range(runs)]
+        return [np.unique(clients[: int(plan.rounds)]) for clients in cohorts]
 
-    def _rows(self, clients: Int[np.ndarray, "U"]) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[clients], self.memories)
+
+def _rows(memories: PyTree, clients: Int[np.ndarray, "U"]) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[clients], memories)

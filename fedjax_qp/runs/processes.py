@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 
 from fedjax_qp.console.terminal import take_back
-from fedjax_qp.engine.devices import share_out_cores
+from fedjax_qp.engine.devices import cores_as_devices
 from fedjax_qp.registry import ConfigurationError
 
 
@@ -38,7 +38,7 @@ def join(
     if not cluster and coordinator is None:
         if (count, number) != (None, None):
             raise ConfigurationError("several processes need --coordinator HOST:PORT, or --cluster.")
-        share_out_cores()
+        cores_as_devices()
         return
     if not cluster and (count is None or number is None or not 0 <= number < count):
         raise ConfigurationError(

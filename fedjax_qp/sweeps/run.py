@@ -16,7 +16,8 @@ from rich.console import Console
 from fedjax_qp import config as configuration
 from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.files import writing
-from fedjax_qp.runs.together import groups, remembered_programs
+from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.programs import groups, remembered_programs
 from fedjax_qp.sweeps import search
 from fedjax_qp.sweeps.figures import plot_curves, plot_space
 from fedjax_qp.sweeps.live import LiveTable
@@ -129,7 +130,7 @@ def tasks_of(store: Store, runs: Sequence[Assignment], workers: int, everyone: S
 
 def _begun_together(store: Store, runs: Sequence[Assignment], everyone: Sequence[Assignment]) -> list[list[Assignment]]:
     """The programs of several runs, in their order, of which some have not ended."""
-    programs = remembered_programs([store.runs_folder / run.name for run in everyone])
+    programs = remembered_programs([RunFolder(store.runs_folder / run.name) for run in everyone])
     waiting = {run.name for run in runs}
     parts = [[everyone[index] for index in members] for members in programs if len(members) > 1]
     return [part for part in parts if any(run.name in waiting for run in part)]

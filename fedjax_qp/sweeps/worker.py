@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedjax_qp import config as configuration
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.together import run_together
+from fedjax_qp.runs.run import run_all
 from fedjax_qp.sweeps.space import EarlyStopping, Rank
 from fedjax_qp.sweeps.stopping import Curves, Judge, Peer
 from fedjax_qp.sweeps.trials import COMPLETE, Ending, read_attempt, read_ending, read_stopped, run_locks, write_ending
@@ -87,14 +87,14 @@ def mark_failed(task: Task, reason: str) -> None:
 
 def _run(task: Task, console: Console) -> None:
     folder = Path(task.folder)
-    if len(task.runs) == 1:  # one of several has its place in their program to the end, see `runs.together`
+    if len(task.runs) == 1:  # one of several has its place in their program to the end, see `runs.programs`
         _end_given_up(folder, task.runs[0])
     runs = unfinished(folder, task.runs)
     if not runs:
         return
     judge = Judge(folder, task.attempt, task.rank, task.rule, task.peers, task.seeds, {run.trial for run in task.runs})
     try:
-        outcomes = run_together(
+        outcomes = run_all(
             [configuration.from_dict(run.config) for run in task.runs],
             console,
             stop=lambda index, history: judge.verdict(task.runs[index].trial, task.runs[index].seed, history),

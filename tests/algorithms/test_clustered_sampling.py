@@ -80,7 +80,7 @@ def test_a_client_drawn_twice_shares_its_fate_and_has_room_in_the_plan():
         seed=0,
         sampling=largest,
     )
-    plan = plan_chunk(work, 0, 8, capacity=8, lanes=2, evaluate_every=1, last_round=8)
+    plan = plan_chunk([work], 0, 8, capacity=8, lanes=2, evaluate_every=1, last_round=8)
     np.testing.assert_array_equal(plan.cohorts.clients, 1)
     assert {tuple(steps) for steps in plan.cohorts.steps} == {(0, 0, 0), (5, 5, 5)}
 
@@ -107,7 +107,7 @@ def experiment(**algorithm) -> Experiment:
 @pytest.fixture(scope="module")
 def similar() -> tuple[Experiment, list]:
     run = experiment()
-    return run, list(simulate(run))
+    return run, [chunk for (chunk,) in simulate([run])]
 
 
 def test_the_next_cohort_follows_from_what_the_last_one_sent(similar):
@@ -125,7 +125,7 @@ def test_the_next_cohort_follows_from_what_the_last_one_sent(similar):
 
 def test_a_resumed_run_draws_the_same_cohorts(similar):
     run, chunks = similar
-    resumed = list(simulate(run, chunks[1].state))
+    resumed = [chunk for (chunk,) in simulate([run], [chunks[1].state])]
     for a, b in zip(jax.tree.leaves(resumed[-1].state), jax.tree.leaves(chunks[-1].state), strict=True):
         np.testing.assert_array_equal(a, b)
 

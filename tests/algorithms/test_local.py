@@ -66,9 +66,9 @@ def test_one_odd_example_counts_once(tmp_path):
             }
         )
 
-    *_, trained = simulate(build(settings(40, 0.1, 21)))
+    *_, (trained,) = simulate([build(settings(40, 0.1, 21))])
     begun = trained.state._replace(round=np.zeros((), np.int32))
-    (chunk,) = simulate(build(settings(1, 1e-12, 20)), begun)
+    ((chunk,),) = simulate([build(settings(1, 1e-12, 20))], [begun])
     assert chunk.records[0]["train_loss"] == pytest.approx(
         0.009604, abs=1e-6
     )  # the mean of the batch means is 0.005995
@@ -89,7 +89,7 @@ def test_a_rounds_loss_is_the_mean_over_all_examples_of_its_clients():
         "local": {"learning_rate": 1e-12, "momentum": 0, "batch_size": 32, "epochs": 1},
     }
     experiment = build(config.from_dict(values))
-    (chunk,) = simulate(experiment)
+    ((chunk,),) = simulate([experiment])
     train = digits().train
     sums = experiment.model.evaluate(
         (), experiment.algorithm.serve(chunk.state.server, ()), Batch(train, np.ones(len(train.labels), bool))

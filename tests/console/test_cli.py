@@ -67,10 +67,10 @@ def test_slips_are_understood(capsys, arguments, message):
     "seeds", [["--seeds=0,1"], ["--seeds", "0,1"], ["--seeds", "0", "1"], ["--seeds", "0", "rounds=2", "1"]]
 )
 def test_seeds_may_be_separated_by_commas_and_followed_by_settings(tmp_path, monkeypatch, seeds):
-    import fedjax_qp.runs.together as together
+    import fedjax_qp.runs.run as running
 
     started = []
-    monkeypatch.setattr(together, "run_together", lambda configs, console: started.extend(configs) or [])
+    monkeypatch.setattr(running, "run_all", lambda configs, console: started.extend(configs) or [])
     with pytest.raises(SystemExit) as left:
         cli.main(["run", str(write(tmp_path)), *seeds])
     assert left.value.code == 0

@@ -14,8 +14,8 @@ from fedjax_qp.engine import evaluation
 from fedjax_qp.experiment import advice, build, resolve
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.loop import simulate
+from fedjax_qp.runs.programs import groups
 from fedjax_qp.runs.records import quotient
-from fedjax_qp.runs.together import groups
 
 
 def numbers_of(dealt: list[np.ndarray], labels: np.ndarray, classes: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def test_personal_results_are_those_of_each_clients_own_model():
     experiment = build(made(DIRICHLET | {"test": "matched"}))
     task, algorithm = experiment.task, experiment.algorithm
     assert task.personal is not None
-    (chunk,) = simulate(experiment)
+    ((chunk,),) = simulate([experiment])
     (record,) = chunk.records
     assert set(record["personal"]) == set(record["tuned"]) == {"loss", "accuracy"}
     for client in range(len(task.parts)):

@@ -31,7 +31,7 @@ from fedjax_qp.federated import Batch
 def test_no_host_transfer_inside_a_chunk():
     algorithm = small_algorithm("fedqp-joint")
     engine = small_engine(algorithm)
-    state = engine.place_state(small_state(algorithm))
+    state = engine.place_states([small_state(algorithm)])
     plans = [engine.place_plan(small_plan(first, ROUNDS, lanes=3)) for first in (0, ROUNDS)]
     with jax.transfer_guard("disallow"):
         for plan in plans:
@@ -56,7 +56,7 @@ def exchanges(case: str) -> list[tuple[str, str, int]]:
     """(kind, type, elements) of all that eight devices exchange in a chunk, by the compiled program."""
     algorithm = small_algorithm(case)
     engine = small_engine(algorithm, "shard_map", 8)
-    state, plan = engine.place_state(small_state(algorithm)), engine.place_plan(small_plan(0, ROUNDS, lanes=8))
+    state, plan = engine.place_states([small_state(algorithm)]), engine.place_plan(small_plan(0, ROUNDS, lanes=8))
     found = []
     for shapes, kind in COLLECTIVE.findall(engine.compiled(state, plan).as_text()):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
@@ -111,14 +111,14 @@ def test_a_round_in_which_everybody_drops_out_changes_nothing(case):
     """Not even by the server's momentum, which a first round has filled."""
     algorithm = small_algorithm(case)
     engine = small_engine(algorithm)
-    before, _ = engine.run(engine.place_state(small_state(algorithm)), engine.place_plan(small_plan(0, 1, lanes=3)))
+    before, _ = engine.run(engine.place_states([small_state(algorithm)]), engine.place_plan(small_plan(0, 1, lanes=3)))
     before = jax.tree.map(lambda leaf: np.array(leaf, copy=True), jax.device_get(before))
     plan = small_plan(1, 1, lanes=3)
     absent = plan._replace(
         cohorts=plan.cohorts._replace(steps=np.zeros_like(plan.cohorts.steps)),
         lanes=plan.lanes._replace(slots=np.full_like(plan.lanes.slots, -1), steps=np.zeros_like(plan.lanes.steps)),
     )
-    state, metrics = engine.run(engine.place_state(before), engine.place_plan(absent))
+    state, metrics = engine.run(engine.place_states([before]), engine.place_plan(absent))
     assert worst_difference(before.server, state.server) == 0
     assert int(state.round) == 2
     assert np.isfinite(metrics["update/norm"]).all()
@@ -145,7 +145,7 @@ def test_the_average_is_over_those_who_report():
         cohorts=type(plan.cohorts)(*(leaf[:1] for leaf in plan.cohorts._replace(steps=steps))),
         lanes=lanes._replace(steps=lanes.steps[:, :1]),
     )
-    state, _ = engine.run(engine.place_state(small_state(algorithm)), engine.place_plan(partial_plan))
+    state, _ = engine.run(engine.place_states([small_state(algorithm)]), engine.place_plan(partial_plan))
 
     start = small_model().init(jax.random.key(0))
     total, weight = jax.tree.map(jnp.zeros_like, start), 0.0
@@ -159,7 +159,9 @@ def test_the_average_is_over_those_who_report():
         examples = np.full_like(alone.lanes.examples, -1)
         examples[0, 0, : len(batches)] = batches
         only = alone._replace(lanes=alone.lanes._replace(examples=examples))
-        trained, _ = small_engine(algorithm).run(small_state(algorithm, 1), engine.place_plan(only))
+        trained, _ = small_engine(algorithm).run(
+            engine.place_states([small_state(algorithm, 1)]), engine.place_plan(only)
+        )
         size = float(plan.cohorts.sizes[0, slot])
         total = jax.tree.map(lambda t, w, s=size: t + s * w, total, trained.server.params)
         weight += size

@@ -13,7 +13,7 @@ from support.language import SIZES, personal_tests, sequences_of, training_set
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
-from fedjax_qp.engine import Devices, cut_test_set, make_engine, make_program
+from fedjax_qp.engine import Data, Layout, Runs, cut_test_set, make_engine, make_program
 from fedjax_qp.engine.plan import Workload, plan_chunk
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import init_state
@@ -51,23 +51,20 @@ def plan(first_round):
     ends = np.cumsum(SIZES)
     members = [np.arange(end - size, end) for size, end in zip(SIZES, ends, strict=True)]
     work = Workload(members, Participation(cohort=6), Local(epochs=1, batch_size=4), seed=0)  # at most 5 steps
-    return plan_chunk(work, first_round, 1, capacity=ROUNDS, lanes=LANES, evaluate_every=1, last_round=9)
+    return plan_chunk([work], first_round, 1, capacity=ROUNDS, lanes=LANES, evaluate_every=1, last_round=9)
 
 
 def started(**layout):
     model, algorithm, frozen = parts()
     engine = make_engine(
-        algorithm,
+        lambda settings: algorithm,
         model,
-        frozen=frozen,
-        train=training_set(),
-        test=cut_test_set(sequences_of(1, 6, seed=2), 3),
-        personal=personal_tests(),
-        seed=0,
+        Data(frozen, training_set(), cut_test_set(sequences_of(1, 6, seed=2), 3), personal_tests()),
+        Layout(LANES, **layout),
+        Runs({}, jax.random.key(0)[None]),
         frozen_axes=split_axes(BASE, layout.get("model_devices", 1)),
-        **layout,
     )
-    return engine, engine.place_state(init_state(algorithm, model.init(jax.random.key(1)), len(SIZES)))
+    return engine, engine.place_states([init_state(algorithm, model.init(jax.random.key(1)), len(SIZES))])
 
 
 def one_round(**layout):
@@ -128,7 +125,7 @@ def test_what_does_not_divide_evenly_is_whole_everywhere():
 def test_each_device_holds_its_share_of_the_weights():
     model, algorithm, _ = parts()
     axes = split_axes(BASE, 4)
-    program = make_program(algorithm, model, Devices("shard_map", 2, 4, axes))
+    program = make_program(lambda settings: algorithm, model, Layout(2, 2, 4, "shard_map"), frozen_axes=axes)
     placed = jax.device_put(parts()[2], program.frozen)
     for path, shape in ((("blocks", "q_proj", "kernel"), (2, 16, 4)), (("blocks", "down_proj", "kernel"), (2, 6, 16))):
         leaf = placed
@@ -163,4 +160,4 @@ def test_a_model_without_frozen_weights_has_nothing_to_share():
         build(config.from_dict({**settings, "engine": {"model_devices": 2}}))
     model, algorithm, _ = parts()
     with pytest.raises(ValueError, match="pmap has one axis"):
-        make_program(algorithm, model, Devices("pmap", model_devices=2))
+        make_program(lambda settings: algorithm, model, Layout(1, model_devices=2, parallel="pmap"))

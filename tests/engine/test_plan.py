@@ -29,7 +29,7 @@ def workload(
 
 
 def chunk(work: Workload, lanes: int, first_round: int = 0, rounds: int = 3):
-    return plan_chunk(work, first_round, rounds, capacity=rounds, lanes=lanes, evaluate_every=2, last_round=5)
+    return plan_chunk([work], first_round, rounds, capacity=rounds, lanes=lanes, evaluate_every=2, last_round=5)
 
 
 federations = st.lists(st.integers(1, 30), min_size=2, max_size=8)

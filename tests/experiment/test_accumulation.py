@@ -22,9 +22,9 @@ def trained(batch_size: int, accumulate: int):
     members = [np.arange(end - size, end) for size, end in zip(SIZES, ends, strict=True)]
     work = Workload(members, Participation(cohort=4), local, seed=0)
     algorithm = algorithms["fedavg"](small_model(), local_optimizer(local))
-    plan = plan_chunk(work, 0, 1, capacity=1, lanes=3, evaluate_every=1, last_round=9)
+    plan = plan_chunk([work], 0, 1, capacity=1, lanes=3, evaluate_every=1, last_round=9)
     engine = small_engine(algorithm)
-    state, _ = engine.run(engine.place_state(small_state(algorithm)), engine.place_plan(plan))
+    state, _ = engine.run(engine.place_states([small_state(algorithm)]), engine.place_plan(plan))
     return jax.device_get(state.server)
 
 

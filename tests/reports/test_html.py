@@ -200,7 +200,7 @@ DAMAGE = {
     ],
     "failure.json": [b"{", b"3"],
     "ended.json": [b"{", b"[]"],
-    "together.json": [b"{", b'{"runs": "two"}'],
+    "layout.json": [b"{", b'{"program": {"runs": "two"}}'],
 }
 
 
@@ -211,7 +211,7 @@ def test_damaged_files_are_left_out_with_a_sentence(tmp_path, name):
         (folder / name).write_bytes(content)
         page = run_page(compare.load_runs([folder])[0], tmp_path / "page.html")
         said = [warning for warning in page.warnings if name in warning]
-        silent = name in ("ended.json", "together.json") or content == b'{"packages": 3}'
+        silent = name in ("ended.json", "layout.json") or content == b'{"packages": 3}'
         assert silent or (len(said) == 1 and "\n" not in said[0])
 
 

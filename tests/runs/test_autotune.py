@@ -7,20 +7,23 @@ import pytest
 from support.runs import write
 
 from fedjax_qp import config
-from fedjax_qp.engine import bytes_needed, devices
-from fedjax_qp.experiment import build, with_layout
+from fedjax_qp.engine import Layout, bytes_needed, devices
+from fedjax_qp.engine import layout as layouts
+from fedjax_qp.engine.layout import open_layouts
+from fedjax_qp.experiment import build
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import autotune as lanes
 from fedjax_qp.runs.autotune import LaneTimer, choose_layout, memory_budget
 
 
-def made(folder, *overrides, devices="1"):
-    changes = ["engine.lanes=auto", f"engine.devices={devices}", *overrides]
+def made(folder, *overrides, devices="1", rounds=1000000):
+    """By default so long a run that a search for the best layout pays."""
+    changes = [f"rounds={rounds}", "engine.lanes=auto", f"engine.devices={devices}", *overrides]
     return build(config.load(write(folder, algorithm="fedavg"), changes))
 
 
 def timer_of(experiment, lanes, devices=1):
-    return LaneTimer([with_layout(experiment, lanes, devices)])
+    return LaneTimer([experiment], Layout(lanes, devices))
 
 
 def test_a_number_of_lanes_that_exceeds_the_memory_is_not_run(tmp_path, monkeypatch):
@@ -33,9 +36,9 @@ def test_a_number_of_lanes_that_exceeds_the_memory_is_not_run(tmp_path, monkeypa
     monkeypatch.setattr(LaneTimer, "__call__", lambda timer: ran.append(timer.lanes) or measured(timer))
     budget = (one + two) / 2 / 2**30
     choice = choose_layout([made(tmp_path, f"engine.memory_gigabytes={budget}")])
-    assert set(ran) == {1} and choice.lanes == 1
+    assert set(ran) == {1} and choice.layout.lanes == 1
     (found,) = choice.too_large
-    assert (found.lanes, found.bytes, found.skipped) == (2, two, [3, 4])
+    assert (found.layout.lanes, found.bytes, found.skipped) == (2, two, [3, 4])
     assert "not tried: 2, which takes" in str(choice) and "nor 3, 4" in str(choice)
     assert "engine.memory_gigabytes" in str(choice) and "1: " in str(choice)
 
@@ -51,10 +54,10 @@ def test_the_budget_is_the_devices(tmp_path, monkeypatch):
             return {"bytes_limit": 1000}
 
     settings = made(tmp_path).config.engine
-    whole = memory_budget(settings).bytes
+    whole = memory_budget(settings, Layout(1)).bytes
     assert 0 < whole < lanes.psutil.virtual_memory().total
     monkeypatch.setattr(lanes.jax, "local_devices", lambda: [Device()])
-    assert memory_budget(settings).bytes == 800
+    assert memory_budget(settings, Layout(1)).bytes == 800
 
 
 def test_the_bytes_of_a_program_are_counted_with_its_arguments():
@@ -77,15 +80,15 @@ def test_a_runs_client_memories_count_though_the_trial_has_fewer(tmp_path):
 
 def test_all_cores_or_one_device_whichever_is_faster(tmp_path, monkeypatch):
     """The rounds are said to take as long as a trial has lanes for each device: two devices with a lane each then win."""
-    monkeypatch.setattr(devices, "cores", lambda: 2)
-    monkeypatch.setattr(LaneTimer, "__call__", lambda timer: timer.lanes / timer.devices)
+    monkeypatch.setattr(layouts, "cores", lambda: 2)
+    monkeypatch.setattr(LaneTimer, "__call__", lambda timer: timer.lanes / timer.layout.devices)
     experiment = made(tmp_path, devices="auto")
     assert experiment.config.engine.devices == "auto"
     choice = choose_layout([experiment])
-    assert {trial.devices for trial in choice.trials} == {1, 2} and (choice.lanes, choice.devices) == (2, 2)
+    assert {trial.layout.devices for trial in choice.trials} == {1, 2}
     assert "lanes: 2 on 2 devices" in str(choice)
-    chosen = with_layout(experiment, choice.lanes, choice.devices).config.engine
-    assert (chosen.parallel, chosen.devices, chosen.lanes) == ("shard_map", 2, 2)
+    assert choice.layout == Layout(2, 2, parallel="shard_map")
+    assert experiment.config.engine.lanes == "auto", "a measurement changes no setting"
 
 
 @pytest.mark.parametrize(("power", "tried"), [(0.0, [1, 2, 3, 4]), (1.2, [1, 2])])
@@ -93,31 +96,44 @@ def test_more_lanes_are_tried_only_while_they_may_win(tmp_path, monkeypatch, pow
     """On a device that is far from full a step takes as long with more lanes; on a full one longer still than the clients."""
     monkeypatch.setattr(LaneTimer, "__call__", lambda timer: float(timer.lanes) ** power)
     choice = choose_layout([made(tmp_path)])
-    assert [trial.lanes for trial in choice.trials] == tried
-    assert choice.lanes == (tried[-1] if power == 0 else 1)
+    assert [trial.layout.lanes for trial in choice.trials] == tried
+    assert choice.layout.lanes == (tried[-1] if power == 0 else 1)
+
+
+def test_a_short_run_does_not_search_for_longer_than_it_trains(tmp_path, monkeypatch):
+    """A round takes a millisecond here: no second program is compiled for four of them."""
+    monkeypatch.setattr(LaneTimer, "__call__", lambda timer: 1e-4 / timer.lanes)
+    assert [trial.layout.lanes for trial in choose_layout([made(tmp_path, rounds=4)]).trials] == [1]
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["engine.lanes=2"], ("vmap", 1)),
-        (["engine.lanes=auto", "engine.parallel=vmap"], ("vmap", 1)),
-        (["engine.lanes=2", "engine.devices=2"], ("shard_map", 2)),
-        (["engine.lanes=auto"], ("auto", "auto")),
+        (["engine.lanes=2"], [[Layout(2)]]),
+        (["engine.lanes=2", "engine.devices=2"], [[Layout(2, 2, parallel="shard_map")]]),
+        (["engine.lanes=2", "engine.devices=2", "engine.parallel=pmap"], [[Layout(2, 2, parallel="pmap")]]),
+        (["engine.lanes=auto", "engine.parallel=vmap"], [[Layout(1), Layout(2), Layout(3), Layout(4)]]),
+        (
+            ["engine.lanes=auto"],
+            [
+                [Layout(2, 2, parallel="shard_map"), Layout(4, 2, parallel="shard_map")],
+                [Layout(1), Layout(2), Layout(3), Layout(4)],
+            ],
+        ),
     ],
 )
-def test_what_is_not_measured_is_settled_at_once(tmp_path, settings, expected):
-    engine = devices.settle(config.load(write(tmp_path), settings)).engine
-    assert (engine.parallel, engine.devices) == expected
+def test_the_layouts_that_settings_leave_open(tmp_path, settings, expected, monkeypatch):
+    monkeypatch.setattr(layouts, "cores", lambda: 2)
+    assert open_layouts(config.load(write(tmp_path), settings).engine, 4) == expected
 
 
 def test_every_core_is_a_device_unless_the_environment_says_otherwise(monkeypatch):
     asked = {}
     monkeypatch.setattr(devices.jax.config, "update", asked.__setitem__)
-    devices.share_out_cores()
+    devices.cores_as_devices()
     assert asked == {}, "these tests say how many"
     monkeypatch.delenv("XLA_FLAGS")
-    devices.share_out_cores()
+    devices.cores_as_devices()
     assert asked == {"jax_num_cpu_devices": devices.cores()}
 
 
@@ -130,7 +146,11 @@ def test_a_process_that_was_given_few_threads_has_few_cores(monkeypatch):
 
 
 def test_as_many_devices_as_clients_of_all_runs(monkeypatch):
-    monkeypatch.setattr(devices, "cores", lambda: 8)
-    assert devices.choices(config.Engine(), 4) == [4, 1]
-    assert devices.choices(config.Engine(), 3 * 4) == [8, 1]
-    assert devices.choices(config.Engine(devices=2), 4) == [2]
+    monkeypatch.setattr(layouts, "cores", lambda: 8)
+
+    def numbers(settings, clients):
+        return [options[0].devices for options in open_layouts(settings, clients)]
+
+    assert numbers(config.Engine(), 4) == [4, 1]
+    assert numbers(config.Engine(), 3 * 4) == [8, 1]
+    assert numbers(config.Engine(devices=2), 4) == [2]

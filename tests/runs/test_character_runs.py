@@ -48,7 +48,7 @@ def test_a_run_learns_what_the_roles_say(folder):
     experiment = build(settings(folder))
     assert [len(part) for part in experiment.work.parts] == [24] * 3
     assert experiment.task.notes == ("3 roles with 72 windows to train on, 18 to test on",)
-    (chunk,) = simulate(experiment)
+    ((chunk,),) = simulate([experiment])
     assert chunk.records[-1]["test_accuracy"] > 0.95
 
 

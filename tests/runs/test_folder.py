@@ -59,8 +59,7 @@ def test_files_keep_their_names(folder):
         "environment": "environment.json",
         "provenance": "provenance.json",
         "watched": "watched.json",
-        "lanes": "lanes.json",
-        "program": "together.json",
+        "layout": "layout.json",
         "records_file": "records.jsonl",
         "times": "times.jsonl",
         "startup": "startup.json",
@@ -223,12 +222,23 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
         RunFolder(tmp_path / "file" / "run").make()
 
 
-@pytest.mark.parametrize(("content", "runs"), [(None, 1), ('{"runs": 3}', 3), ('{"runs": "two"}', 1), ("{", 1)])
-def test_runs_in_a_program_are_counted(folder, content, runs):
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"program": {"id": "a", "runs": 3, "place": 2}}', ("a", 3, 2)),
+        ('{"program": {"id": "a", "runs": "3", "place": 2}}', None),
+        ('{"program": {"id": "a", "runs": 0, "place": 0}}', None),
+        ('{"program": {"id": "a"}}', None),
+        ("{}", None),
+        ("{", None),
+    ],
+)
+def test_the_program_of_a_run_is_read_or_there_is_none(folder, content, expected):
     folder.make()
-    if content is not None:
-        folder.program.path.write_text(content)
-    assert folder.runs_in_program() == runs
+    assert folder.program() is None
+    folder.layout.path.write_text(content)
+    found = folder.program()
+    assert (found and (found.id, found.runs, found.place)) == expected
 
 
 def test_what_is_watched_is_kept(folder):

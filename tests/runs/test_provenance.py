@@ -16,8 +16,7 @@ from fedjax_qp.runs import provenance as module
 from fedjax_qp.runs.environment import environment
 from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.provenance import Provenance, provenance
-from fedjax_qp.runs.run import restore, resume, run
-from fedjax_qp.runs.together import run_together
+from fedjax_qp.runs.run import restore, resume, run, run_all
 
 QUIET = Console(quiet=True)
 
@@ -53,7 +52,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, loaded):
         lambda: resume(folder, ["rounds=4"], QUIET),
         lambda: restore(folder),
         lambda: open_run(folder),
-        lambda: run_together([RunFolder(folder).config(["rounds=4"])], QUIET),
+        lambda: run_all([RunFolder(folder).config(["rounds=4"])], QUIET),
     ):
         with pytest.raises(ConfigurationError, match="mine.npz"):
             use()
@@ -62,7 +61,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, loaded):
     with pytest.raises(
         ConfigurationError, match="data differs from what .*seed0"
     ):  # another seed, to be compared with it
-        run_together([RunFolder(folder).config([f"seed={seed}"]) for seed in (0, 1)], QUIET)
+        run_all([RunFolder(folder).config([f"seed={seed}"]) for seed in (0, 1)], QUIET)
     assert not (folder.parent / "small-seed1").exists()
     assert RunFolder(folder).records_file.read_bytes() == before
     write_images(tmp_path / "mine.npz")

@@ -1,6 +1,7 @@
 """A run from configuration to folder; interruption at any point and resumption to the same bits."""
 
 import io
+import json
 import re
 import shutil
 import signal
@@ -16,10 +17,10 @@ from fedjax_qp import cli, config
 from fedjax_qp.experiment import advice, build
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.autotune import LaneTimer
 from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.loop import NonFiniteLoss, chunk_bounds, simulate
-from fedjax_qp.runs.run import resume, run
-from fedjax_qp.runs.together import run_together
+from fedjax_qp.runs.run import resume, run, run_all
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_records_are_judged_by_the_settings_that_they_were_made_with(finished, t
 def test_a_damaged_mark_does_not_end_a_run(finished, tmp_path, content):
     folder = Path(shutil.copytree(finished, tmp_path / "small-seed0"))
     RunFolder(folder).end.path.write_text(content)
-    (outcome,) = run_together([RunFolder(folder).config([f"folder={tmp_path}"])], quiet())
+    (outcome,) = run_all([RunFolder(folder).config([f"folder={tmp_path}"])], quiet())
     assert (outcome.rounds, outcome.reason) == (4, "finished")
     assert RunFolder(folder).end.read() == {"reason": "finished", "round": 4}
 
@@ -302,7 +303,7 @@ def test_a_run_may_move_to_a_machine_with_fewer_devices(tmp_path):
 
 def test_no_stop_is_asked_for_after_the_last_round(tmp_path):
     loaded = config.load(write(tmp_path), ["rounds=2"])
-    (outcome,) = run_together([loaded], quiet(), stop=lambda run, history: "enough")
+    (outcome,) = run_all([loaded], quiet(), stop=lambda run, history: "enough")
     assert outcome.reason == "finished"
 
 
@@ -333,7 +334,7 @@ def test_the_whole_run_compiles_one_program(tmp_path, compilations):
     def compiled(rounds: int) -> int:
         experiment = build(config.load(write(tmp_path), [f"rounds={rounds}", "participation.dropout=0.2"]))
         before = compilations()
-        assert [int(chunk.state.round) for chunk in simulate(experiment)] == list(range(2, rounds + 1, 2))
+        assert [int(chunk.state.round) for (chunk,) in simulate([experiment])] == list(range(2, rounds + 1, 2))
         return compilations() - before
 
     compiled(2)  # small helper programs of a first run are cached afterwards
@@ -348,16 +349,28 @@ def test_client_store_on_the_host_gives_the_same_bits(tmp_path):
     for store in ("device", "host"):
         experiment = build(config.load(write(tmp_path), ["rounds=6", f"engine.client_store={store}"]))
         experiment = experiment._replace(algorithm=counting())
-        results.append(list(simulate(experiment))[-1].state)
+        results.append(list(simulate([experiment]))[-1][0].state)
     assert_bitwise(*results)
     assert results[0].clients["rounds"].sum() == 6 * 4
 
 
-def test_measured_lanes_are_written_into_the_run_folder(tmp_path):
+def test_the_measured_layout_lies_beside_the_settings_which_stay_what_they_were(tmp_path, monkeypatch):
+    """A continued run takes the layout that it had, unless its settings change or its devices are gone."""
     outcome = run(config.load(write(tmp_path), ["engine.lanes=auto", "rounds=2"]), quiet())
-    lanes = RunFolder(outcome.folder).config().engine.lanes
-    choice = RunFolder(outcome.folder).lanes.read()
-    assert lanes == choice["lanes"] and lanes in [trial["lanes"] for trial in choice["trials"]]
+    engine = config.load(outcome.folder / "config.yaml").engine
+    assert (engine.lanes, engine.devices, engine.parallel) == ("auto", "auto", "auto")
+    choice = json.loads((outcome.folder / "layout.json").read_text())
+    assert choice["lanes"] in [trial["layout"]["lanes"] for trial in choice["trials"]]
+    monkeypatch.setattr(LaneTimer, "trial", None)  # nothing is measured again
+    for rounds, changes in ((4, []), (6, ["engine.lanes=1", "engine.devices=1"])):
+        resume(outcome.folder, [f"rounds={rounds}", *changes], quiet())
+        held = json.loads((outcome.folder / "layout.json").read_text())
+        assert (held == choice) == (not changes)
+    assert (held["lanes"], held["devices"], held["trials"]) == (1, 1, [])
+    (outcome.folder / "layout.json").write_text(json.dumps({**choice, "devices": 512}))
+    monkeypatch.undo()
+    resume(outcome.folder, ["rounds=8"], quiet())
+    assert json.loads((outcome.folder / "layout.json").read_text())["devices"] == 1
 
 
 # --- interruption: separate processes ---------------------------------------------------------------------------------

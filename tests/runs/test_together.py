@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,14 @@ from support.runs import write
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config
-from fedjax_qp.engine import Data, Devices, Runs, make_shared_engine
-from fedjax_qp.engine.chunk import run_chunks
-from fedjax_qp.engine.plan import plan_together
-from fedjax_qp.experiment import build, first_state, join_states
+from fedjax_qp.engine import Data, Layout, Runs, make_engine
+from fedjax_qp.engine.chunk import run_chunk
+from fedjax_qp.engine.plan import plan_chunk
+from fedjax_qp.experiment import build, first_state
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
-from fedjax_qp.runs.run import resume, run
-from fedjax_qp.runs.together import groups, run_together
+from fedjax_qp.runs.programs import groups
+from fedjax_qp.runs.run import resume, run, run_all
 
 QUIET = Console(quiet=True)
 
@@ -43,26 +44,26 @@ def method_of(case: str):
 
 def joint_plan(case: str, method, runs: int, lanes: int):
     work = small_work(federation_of(case), method({}))
-    return plan_together([work] * runs, 0, ROUNDS, capacity=ROUNDS, lanes=lanes, evaluate_every=1, last_round=100)
+    return plan_chunk([work] * runs, 0, ROUNDS, capacity=ROUNDS, lanes=lanes, evaluate_every=1, last_round=100)
 
 
 def begin(case: str, method, runs: int):
-    return join_states([small_state(method({}), federation=federation_of(case))] * runs)
+    return [small_state(method({}), federation=federation_of(case))] * runs
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_float_option_may_be_an_array(case):
-    """So that `runs.together.groups` may take it for granted of any registered method."""
+    """So that `runs.programs.groups` may take it for granted of any registered method."""
     method, floats = method_of(case)
     federation = federation_of(case)
     runs = Runs(
         {name: np.full(2, value, np.float32) for name, value in floats.items()}, jax.random.split(jax.random.key(0))
     )
-    data = (federation.frozen, federation.train, federation.test, federation.personal)
+    data = Data(federation.frozen, federation.train, federation.test, federation.personal)
     state, metrics = jax.eval_shape(
-        partial(run_chunks, method, federation.model, None),
-        begin(case, method, 2),
-        *data,
+        partial(run_chunk, method, federation.model, None),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *begin(case, method, 2)),
+        data,
         joint_plan(case, method, 2, lanes=2),
         runs,
     )
@@ -92,8 +93,8 @@ def test_a_run_among_others_is_the_run_alone(case, parallel, devices):
         seeds[place], factors[place] = 0, 1
         settings = {name: np.float32(value) * factors for name, value in floats.items()}
         runs = Runs(settings, jnp.stack([jax.random.key(int(seed)) for seed in seeds]))
-        engine = make_shared_engine(method, federation.model, data, Devices(parallel, devices), runs)
-        state, metrics = engine.run(engine.place_state(begin(case, method, 3)), engine.place_plan(plan))
+        engine = make_engine(method, federation.model, data, Layout(8, devices, parallel=parallel), runs)
+        state, metrics = engine.run(engine.place_states(begin(case, method, 3)), engine.place_plan(plan))
         mine, other = (jax.tree.map(lambda leaf, run=run: leaf[run], state) for run in (place, 1))
         expected_state, expected_metrics = reference(case)
         assert_agree(case, expected_state, mine)
@@ -110,8 +111,8 @@ def test_two_programs_with_other_numbers_are_one(compilations):
     runs = Runs(
         {name: np.array([value, 0], np.float32) for name, value in floats.items()}, jax.random.split(jax.random.key(0))
     )
-    engine = make_shared_engine(method, federation.model, data, Devices(), runs)
-    state, _ = engine.run(engine.place_state(begin("fedmut", method, 2)), engine.place_plan(plan))
+    engine = make_engine(method, federation.model, data, Layout(2), runs)
+    state, _ = engine.run(engine.place_states(begin("fedmut", method, 2)), engine.place_plan(plan))
     before = compilations()
     jax.block_until_ready(engine.run(state, engine.place_plan(plan)))
     assert compilations() == before
@@ -134,7 +135,7 @@ def some_runs(folder: Path, name: str, **changes) -> list[Config]:
 def four(tmp_path_factory) -> list[Config]:
     """Four finished runs."""
     configs = some_runs(tmp_path_factory.mktemp("four"), "four")
-    outcomes = run_together(configs, QUIET)
+    outcomes = run_all(configs, QUIET)
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(4, "finished")] * 4
     return configs
 
@@ -153,7 +154,7 @@ def test_runs_together_leave_the_records_of_runs_alone(four, tmp_path):
 
 def test_finished_runs_are_kept(four):
     before = {one.run_folder: RunFolder(one.run_folder).records_file.stat().st_mtime_ns for one in four}
-    outcomes = run_together(four, QUIET)
+    outcomes = run_all(four, QUIET)
     assert {outcome.reason for outcome in outcomes} == {"finished"}
     assert before == {one.run_folder: RunFolder(one.run_folder).records_file.stat().st_mtime_ns for one in four}
 
@@ -161,21 +162,21 @@ def test_finished_runs_are_kept(four):
 def test_another_configuration_does_not_take_over_a_folder(four):
     changed = dataclasses.replace(four[0], evaluation=dataclasses.replace(four[0].evaluation, every=2))
     with pytest.raises(ConfigurationError, match=r"holds a run with other settings \(evaluation.every: 1 → 2\)"):
-        run_together([changed], QUIET)
+        run_all([changed], QUIET)
     with pytest.raises(ConfigurationError, match="two runs have the folder"):
-        run_together([four[0], four[0]], QUIET)
+        run_all([four[0], four[0]], QUIET)
 
 
 def test_runs_are_continued_together_and_alone(four, tmp_path):
     """Stopped after a chunk, two go on together and one alone: the same records as without the stop, but for rounding."""
     configs = some_runs(tmp_path, "four")[:3]
-    outcomes = run_together(configs, QUIET, stop=lambda run, history: "enough")
+    outcomes = run_all(configs, QUIET, stop=lambda run, history: "enough")
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "enough")] * 3
-    assert run_together(configs, QUIET) == outcomes  # ended is ended
+    assert run_all(configs, QUIET) == outcomes  # ended is ended
     for one in configs:
         RunFolder(one.run_folder).end.remove()
     for go_on in (
-        lambda output: run_together(configs[:2], output),
+        lambda output: run_all(configs[:2], output),
         lambda output: resume(configs[2].run_folder, console=output),
     ):
         output = Console(file=io.StringIO(), width=300)
@@ -190,33 +191,39 @@ def test_runs_are_continued_together_and_alone(four, tmp_path):
 
 def test_more_rounds_are_noted_and_an_interruption_ends_what_follows(tmp_path):
     one, other = some_runs(tmp_path, "two", rounds=2)[:2]
-    run_together([one], QUIET)
-    assert not RunFolder(one.run_folder).program.exists()
+    run_all([one], QUIET)
+    assert json.loads((one.run_folder / "layout.json").read_text())["program"]["runs"] == 1
     longer = [dataclasses.replace(each, rounds=6) for each in (one, other)]
     calls = iter([None, "interrupted"])
-    outcomes = run_together(longer, QUIET, stop=lambda run, history: next(calls))
+    outcomes = run_all(longer, QUIET, stop=lambda run, history: next(calls))
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [(2, "interrupted"), (4, "interrupted")]
-    assert RunFolder(one.run_folder).config().rounds == 6
-    assert [outcome.rounds for outcome in run_together(longer, QUIET)] == [6, 6]
+    assert config.load(one.run_folder / "config.yaml").rounds == 6
+    assert [outcome.rounds for outcome in run_all(longer, QUIET)] == [6, 6]
 
 
 def test_common_times_are_marked_as_such(four):
-    marks = [RunFolder(one.run_folder).program.read() for one in four]
-    assert [mark.pop("place") for mark in marks] == [0, 1, 2, 3]
-    assert len({mark.pop("program") for mark in marks}) == 1
-    assert marks == [{"runs": 4, "lanes": 2, "devices": 1}] * 4
+    marks = [json.loads((one.run_folder / "layout.json").read_text()) for one in four]
+    programs = [mark.pop("program") for mark in marks]
+    assert [program.pop("place") for program in programs] == [0, 1, 2, 3]
+    assert len({program.pop("id") for program in programs}) == 1
+    assert programs == [{"runs": 4}] * 4
+    layout = {"lanes": 2, "devices": 1, "model_devices": 1, "parallel": "vmap"}
+    assert marks == [{**layout, "trials": [], "too_large": []}] * 4
 
 
 @pytest.mark.slow
 def test_a_run_of_several_that_goes_on_alone_measures_its_lanes_once(tmp_path):
     file = write(tmp_path)
     configs = [config.load(file, [f"seed={seed}", "engine.lanes=auto"]) for seed in (0, 1)]
-    run_together(configs, QUIET, stop=lambda run, history: "enough")
+    run_all(configs, QUIET, stop=lambda run, history: "enough")
     folder = configs[0].run_folder
-    assert RunFolder(folder).config().engine.lanes == "auto"
-    resume(folder, console=QUIET)
-    lanes = RunFolder(folder).config().engine.lanes
-    assert isinstance(lanes, int) and RunFolder(folder).lanes.read()["lanes"] == lanes
+    assert json.loads((folder / "layout.json").read_text())["program"]["runs"] == 2
+    marks = []
+    for rounds in (6, 8):
+        resume(folder, [f"rounds={rounds}"], console=QUIET)
+        marks.append(json.loads((folder / "layout.json").read_text()))
+    assert marks[0]["program"]["runs"] == 1 and marks[0]["trials"]
+    assert marks[1] == marks[0]
 
 
 def test_one_that_stops_leaves_the_others_as_they_are(four, tmp_path):
@@ -227,7 +234,7 @@ def test_one_that_stops_leaves_the_others_as_they_are(four, tmp_path):
         asked.append((run, len(history)))
         return "hopeless" if run == 1 else None
 
-    outcomes = run_together(configs, QUIET, stop=stop)
+    outcomes = run_all(configs, QUIET, stop=stop)
     assert [(outcome.rounds, outcome.reason) for outcome in outcomes] == [
         (4, "finished"),
         (2, "hopeless"),
@@ -246,7 +253,7 @@ def test_one_that_diverges_leaves_the_others_as_they_are(four, tmp_path):
     configs = [
         config.load(file, [f"local.learning_rate={rate}", f"name=d-{rate}", "engine.lanes=2"]) for rate in (1e38, 0.05)
     ]
-    broken, fine = run_together(configs, QUIET)
+    broken, fine = run_all(configs, QUIET)
     assert (broken.reason, fine.reason) == ("diverged", "finished")
     assert "training loss is not finite in round" in str(broken.error)
     assert RunFolder(broken.folder).failure.read()["reason"] == "non-finite loss"
@@ -294,7 +301,7 @@ def killed_at(kill: tuple[int, int], run: int, history: list[dict]) -> str | Non
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> list[Config]:
     configs = ending_runs(tmp_path_factory.mktemp("whole"))
-    reasons = [outcome.reason for outcome in run_together(configs, QUIET, stop=give_up)]
+    reasons = [outcome.reason for outcome in run_all(configs, QUIET, stop=give_up)]
     assert reasons == ["finished", "hopeless", "finished", "finished", "diverged"]
     return configs
 
@@ -315,8 +322,8 @@ def test_a_kill_between_two_saves_changes_no_bit(whole, tmp_path, kills):
     configs = ending_runs(tmp_path)
     for kill in kills:
         with pytest.raises(Killed):
-            run_together(configs, QUIET, stop=partial(killed_at, kill))
-    outcomes = run_together(configs, QUIET, stop=give_up)
+            run_all(configs, QUIET, stop=partial(killed_at, kill))
+    outcomes = run_all(configs, QUIET, stop=give_up)
     assert [outcome.reason for outcome in outcomes] == ["finished", "hopeless", "finished", "finished", "diverged"]
     for found, expected in zip(configs[:4], whole[:4], strict=True):
         assert_same_bits(found, expected)
@@ -325,11 +332,11 @@ def test_a_kill_between_two_saves_changes_no_bit(whole, tmp_path, kills):
 
 def test_runs_without_a_common_checkpoint_say_that_they_go_on_apart(tmp_path, capsys):
     configs = some_runs(tmp_path, "apart", rounds=8)[:2]
-    outcomes = run_together(configs, QUIET, stop=lambda run, history: "interrupted" if len(history) == 6 else None)
+    outcomes = run_all(configs, QUIET, stop=lambda run, history: "interrupted" if len(history) == 6 else None)
     assert [outcome.reason for outcome in outcomes] == ["interrupted"] * 2
     for one, round in zip(configs, (4, 6), strict=True):
         shutil.rmtree(RunFolder(one.run_folder).checkpoints_folder / str(round))
-    outcomes = run_together(configs, Console(width=300))
+    outcomes = run_all(configs, Console(width=300))
     assert [outcome.rounds for outcome in outcomes] == [8, 8]
     assert "have no checkpoint of one round" in capsys.readouterr().out
 
@@ -355,4 +362,4 @@ def test_groups_hold_what_differs_in_numbers_only(tmp_path):
         load("engine.client_store=host"),
         load("engine.client_store=host", "seed=1"),
     ]
-    assert groups(configs) == [[0, 1, 2, 3, 9], [4], [5], [6], [7], [8], [10], [11], [12]]
+    assert groups(configs) == [[0, 1, 2, 3, 9], [4], [5], [6], [7], [8], [10], [11, 12]]

@@ -22,8 +22,8 @@ from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import trackers
 from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.programs import groups
 from fedjax_qp.runs.run import resume, run
-from fedjax_qp.runs.together import groups
 from fedjax_qp.runs.trackers import Trackers, check_trackers
 
 

@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
 from fedjax_qp.data import sources
-from fedjax_qp.engine import Engine, PersonalTests, TestSet, cut_test_set, make_engine
+from fedjax_qp.engine import Data, Engine, Layout, PersonalTests, Runs, TestSet, cut_test_set, make_engine
 from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
 from fedjax_qp.federated import (
     PREPARATION,
@@ -173,7 +173,7 @@ def small_work(federation: Federation | None = None, algorithm: Algorithm | None
 
 def small_plan(first_round: int, rounds: int, lanes: int, capacity: int = ROUNDS, work: Workload | None = None) -> Plan:
     work = work or small_work()
-    return plan_chunk(work, first_round, rounds, capacity=capacity, lanes=lanes, evaluate_every=1, last_round=100)
+    return plan_chunk([work], first_round, rounds, capacity=capacity, lanes=lanes, evaluate_every=1, last_round=100)
 
 
 def small_engine(
@@ -185,16 +185,12 @@ def small_engine(
 ) -> Engine:
     federation = federation or images()
     return make_engine(
-        algorithm,
+        lambda settings: algorithm,
         federation.model,
-        frozen=federation.frozen,
-        train=federation.train,
-        test=federation.test,
-        personal=federation.personal,
-        seed=0,
-        parallel=parallel,
-        devices=devices,
-        data_store=data_store,
+        Data(federation.frozen, federation.train, federation.test, federation.personal),
+        Layout(devices, devices, parallel=parallel),
+        Runs({}, jax.random.key(0)[None]),
+        examples_on_host=data_store == "host",
     )
 
 
@@ -215,7 +211,7 @@ def run_rounds(
     **changes,
 ) -> tuple[FederatedState, dict]:
     """Runs `rounds` rounds as chunks of ROUNDS from `state` on; returns the last chunk's metrics."""
-    state = engine.place_state(small_state(algorithm, federation=federation) if state is None else state)
+    state = engine.place_states([small_state(algorithm, federation=federation) if state is None else state])
     work = small_work(federation, algorithm, **changes)
     start = int(state.round)
     metrics: dict = {}
