@@ -144,28 +144,24 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
       overrides: settings of the sweep (workers=2 trials=40) or of its base configuration (rounds=20) to change.
       check: only checks every trial and counts the runs.
     """
-    from fedjax_qp.sweeps.space import base_values, load
+    from fedjax_qp.sweeps.space import load
 
     loaded = load(config, list(overrides))
-    base = base_values(loaded)
-    check_names(configuration.from_dict(base))
+    check_names(configuration.from_dict(loaded.base))
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if "jax" not in sys.modules:  # this process trains nothing, and must not hold the workers' memory
         os.environ["JAX_PLATFORMS"] = "cpu"
     try:
-        from fedjax_qp.sweeps.run import planned, run_sweep
+        from fedjax_qp.sweeps.run import planned_runs, run_sweep
     except ImportError as error:
         raise ConfigurationError(f"sweeps need more packages ({error}): pip install -e '.[sweep]'.") from None
 
     console = Console()
     if check:
-        trials = len(planned(loaded, base)) or len(loaded.every_variant()) * (loaded.trials or 0)
-        console.print(f"{trials} trials with {len(loaded.seeds)} seeds each: {trials * len(loaded.seeds)} runs")
+        console.print(planned_runs(loaded))
         return 0
     outcome = run_sweep(loaded, console, platforms=platforms)
-    if outcome.interrupted:
-        return 130
-    return 1 if any(row.status == "failed" for row in outcome.rows) else 0
+    return 130 if outcome.interrupted else int(outcome.failed)
 
 
 def compare(

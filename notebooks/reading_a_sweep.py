@@ -65,16 +65,16 @@ sweep = space.from_dict(
     }
 )
 outcome = run_sweep(sweep, Console(quiet=True))
-Console(width=120).print(table(sweep, outcome.rows))
+Console(width=120).print(table(sweep, outcome.trials))
 
 # %% [markdown]
 # ## One tidy table
 #
-# `results.parquet` in the sweep's folder has one row for each trial, seed and evaluation, with the settings as columns. So
+# `results.csv` in the sweep's folder has one row for each trial, seed and evaluation, with the settings as columns. So
 # every question is a selection and a mean. Which learning rate does each method like?
 
 # %%
-frame = pd.read_parquet(outcome.folder / "results.parquet")
+frame = pd.read_csv(outcome.folder / "results.csv")
 late = frame[frame["round"] > 10]
 print(late.pivot_table(index="variant", columns="local.learning_rate", values="test_accuracy").round(3))
 
@@ -89,12 +89,12 @@ print(of_run.groupby(["variant", "trial"]).agg(["mean", "std", "count"]).round(3
 # %% [markdown]
 # ## Curves
 #
-# The sweep draws them with their spread, and the space that was searched; anything else is a plot of the same table.
+# The sweep draws the best trial of each variant with its spread, and the space that was searched; anything else is a plot of
+# the same table. `optuna-dashboard` shows `study.log` in the sweep's folder.
 
 # %%
-for name in ("curves.png", "space.png"):
-    if (outcome.folder / name).exists():
-        display(Image(filename=outcome.folder / name))
+for image in sorted(outcome.folder.glob("*.png")):
+    display(Image(filename=image))
 
 # %%
 figure = Figure(figsize=(6.5, 3.8), layout="constrained")

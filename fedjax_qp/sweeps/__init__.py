@@ -1,10 +1,9 @@
-"""Sweeps: many configurations, several seeds each, on all cores or many machines.
+"""Sweeps: many configurations, several seeds each, on all cores or many machines; then the best of each compared.
 
-space.py      the sweep file                       search.py     grid, random points, Optuna
-trials.py     the sweep's folder                   stopping.py   the median rule
-tasks.py      what a worker does                   schedule.py   Dask
-results.py    tables                               figures.py    figures
-live.py       the table on the screen              run.py        all of it together
+space.py      the sweep file                       search.py     Optuna's samplers
+trials.py     the sweep's folder, Optuna's study   worker.py     what a worker does, Optuna's pruners
+schedule.py   Dask                                 results.py    tables, figures, the comparison
+run.py        all of it together
 
 Read `space` first.
 """

@@ -1,227 +1,198 @@
-"""What came out of a sweep: one tidy table of every evaluation, and the trials in order.
+"""What came out of a sweep: one tidy table of every evaluation, the trials in order, and the comparison.
 
-results.parquet, results.csv   a row for each (trial, seed, round) in which the ranking's metric was recorded: the trial,
-                               its settings under their dotted names, and every number of the record
-summary.csv, summary.md        a row for each trial, the best first
+results.csv                a row for each (phase, trial, seed, round) in which the ranking's metric was recorded: the trial,
+                           its settings under their dotted names, and every number of the record
+summary.csv, summary.md    a row for each trial of the search, the best first
+curves.png                 the best trial of each variant: mean over seeds, band of ± one standard deviation
+space-VARIANT.png          the value over each searched field
+comparison.md, .json, .png the best settings side by side, differences to the baseline paired by seed
+tuned.yaml                 these settings, as `variants` of another sweep
 
-All of them are written anew whenever the sweep ends or is interrupted.
+All of them are written anew whenever the sweep ends or is interrupted. optuna-dashboard shows more of `study.log`.
 """
 
 import json
-import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import optuna
 import pandas as pd
+import yaml
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 
 from fedjax_qp.console.tables import TextTable
 from fedjax_qp.files import write_whole, writing
-from fedjax_qp.registry import ConfigurationError, unknown_name
-from fedjax_qp.reports.compare import Spread, spread
-from fedjax_qp.reports.rendering import markdown_lines
-from fedjax_qp.runs import record_numbers
-from fedjax_qp.runs.folder import RunFolder
-from fedjax_qp.sweeps.space import Rank, Sweep
-from fedjax_qp.sweeps.stopping import Curves, goodness, metric_names, value_at
-from fedjax_qp.sweeps.trials import Ending, Store, Trial
+from fedjax_qp.reports import compare, personal, rendering
+from fedjax_qp.reports.plots import plot_comparison, plot_metric, save
+from fedjax_qp.runs import records
+from fedjax_qp.sweeps.space import COMPARISON, Sweep, fields
+from fedjax_qp.sweeps.trials import Store, read_history, trial_of
 
-_ORDER = ("complete", "stopped", "running", "waiting", "diverged", "failed")
-_MISSING = "–"
+_COMPLETE = (TrialState.COMPLETE,)
+_COLUMNS = ["trial", "settings", "status", "rounds", "mean", "std", "reason"]
 
 
-class Row(NamedTuple):
-    """A trial as it stands."""
-
-    trial: Trial
-    label: str  # its variant and its searched settings
-    status: str  # one of `_ORDER`: the worst of its seeds, once all have ended
-    rounds: tuple[int, ...]  # done, by seed
-    value: (
-        Spread | None
-    )  # over seeds; None where nothing was recorded, a seed diverged or failed, or its value is not finite
-    reasons: tuple[str, ...]  # different ones in which its runs ended, other than "finished", or have no value
-
-
-def summarise(store: Store, curves: Curves) -> list[Row]:
-    """Every trial as it stands, the best first: finished ones by their value, then those given up, then the rest."""
-    rows = [_row(store, curves, trial) for trial in store.trials]
-    sign = store.sweep.rank.sign
-
-    def order(row: Row) -> tuple:
-        return _ORDER.index(row.status), -goodness(row.value and row.value.mean, sign), row.trial.number
-
-    return sorted(rows, key=order)
-
-
-def label(sweep: Sweep, trial: Trial) -> str:
-    """A trial's variant and searched settings, omitting what all trials share."""
-    variant = next(one for one in sweep.every_variant() if one.name == trial.point.variant)
-    settings = {key: value for key, value in trial.point.settings.items() if key in variant.space}
-    shown = ", ".join(f"{name}={shortened(settings[key])}" for key, name in short_names(list(settings)).items())
-    return " ".join(part for part in (variant.name, shown) if part) or "base"
-
-
-def short_names(fields: Sequence[str]) -> dict[str, str]:
-    """Fields by the last part of their names, where that is clear."""
-    last = [field.rpartition(".")[2] for field in fields]
-    return {field: name if last.count(name) == 1 else field for field, name in zip(fields, last, strict=True)}
-
-
-def shortened(value: Any) -> str:
-    """A setting as a table or figure shows it."""
-    if isinstance(value, dict):
-        return str(value.get("name", value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def check_metric(store: Store) -> bool:
-    """Finds out that no run records the ranking's metric, as soon as one has ended.
+def summary(store: Store) -> pd.DataFrame:
+    """The trials of the search as they stand, the best first.
 
     Returns:
-      Whether the metric has been seen.
-
-    Raises:
-      ConfigurationError: names the nearest metrics that there are.
+      Columns `trial`, `settings` (the searched ones), `status` (complete, stopped, running, waiting, diverged or failed),
+      `rounds` (that all seeds have done), `mean` and `std` over seeds (NaN where there is no value), `reason` (in which its
+      runs ended), and the searched fields.
     """
-    for trial in store.trials:
-        for seed in store.sweep.seeds:
-            ending = store.ending(trial, seed)
-            if ending is not None and ending.status == "complete":
-                lines = RunFolder(store.run_folder(trial, seed)).records()
-                if not any(record_numbers.value(line, store.sweep.rank.metric) is not None for line in lines):
-                    raise unknown_name("metric (rank.metric)", store.sweep.rank.metric, metric_names(lines))
-                return True
-    return False
+    entries = [_entry(frozen) for study in _searched(store) for frozen in study.get_trials(deepcopy=False)]
+    if not entries:
+        return pd.DataFrame(columns=_COLUMNS)
+    frame = pd.DataFrame(entries)
+    order = ["complete", "stopped", "running", "waiting", "diverged", "failed"]
+    frame["status"] = pd.Categorical(frame["status"], order, ordered=True)
+    ascending = [True, store.sweep.rank.optuna_direction == "minimize"]
+    return frame.sort_values(["status", "mean"], ascending=ascending, kind="stable", ignore_index=True)
 
 
-def write_results(store: Store, rows: Sequence[Row]) -> list[Path]:
-    """Writes the tidy table and the summary; returns their files.
+def table(sweep: Sweep, trials: pd.DataFrame, *, most: int | None = None) -> TextTable:
+    """The trials for the terminal, at most `most` of them.
 
-    Raises:
-      ConfigurationError: nothing has been recorded yet, or the disk is full.
+    Args:
+      trials: from `summary`.
     """
-    frame = tidy(store)
-    if frame.empty:
-        raise ConfigurationError(
-            f"no run in {store.runs_folder} has an evaluation with {store.sweep.rank.metric!r} yet."
-        )
-    files = [store.folder / name for name in ("results.parquet", "results.csv", "summary.csv", "summary.md")]
-    with writing(files[0]):
-        frame.to_parquet(files[0], index=False)
-    write_whole(files[1], frame.to_csv(index=False))
-    write_whole(files[2], _uniform(pd.DataFrame([_summary_entry(row) for row in rows])).to_csv(index=False))
-    write_whole(files[3], _markdown(store.sweep, rows))
-    return files
+    shown = trials if most is None else trials.head(most)
+    notes = [f"… and {len(trials) - len(shown)} more"] if len(shown) < len(trials) else []
+    return TextTable(*_grid(sweep, shown), notes=notes, words=(0, 1, 2))
+
+
+def said(settings: dict[str, Any], dimensions: Iterable[str]) -> str:
+    """Some settings in a line, each by the last part of its name."""
+    found = {field: settings[field] for key in dimensions for field in fields(key)}
+    return ", ".join(
+        f"{field.rpartition('.')[2]}={value:.4g}" if isinstance(value, float) else f"{field.rpartition('.')[2]}={value}"
+        for field, value in found.items()
+    )
 
 
 def tidy(store: Store) -> pd.DataFrame:
     """One row for each trial, seed and evaluation; see the module docstring."""
     entries = []
-    for trial in store.trials:
-        fields = trial.point.settings
-        for seed in store.sweep.seeds:
-            folder, ending = store.run_folder(trial, seed), store.ending(trial, seed)
-            for line in RunFolder(folder).records(missing_ok=True):
-                if record_numbers.value(line, store.sweep.rank.metric) is not None:
-                    head = {"trial": trial.number, "variant": trial.point.variant, **fields, "seed": seed}
-                    status = "unfinished" if ending is None else ending.status
-                    entries.append(
-                        {**head, "status": status, "round": line["round"], **dict(record_numbers.scalars(line))}
-                    )
-    frame = pd.DataFrame(entries)
-    return _uniform(frame)
+    for study in store.studies():
+        phase = store.phase(study.study_name)
+        for trial in (trial_of(study.study_name, frozen) for frozen in study.get_trials(deepcopy=False)):
+            plain = {
+                key: json.dumps(one) if isinstance(one, list | dict) else one for key, one in trial.settings.items()
+            }
+            head = {"phase": phase.folder.name, "variant": trial.variant, "trial": trial.name, **plain}
+            for seed, folder in zip(phase.seeds, phase.run_folders(trial), strict=True):
+                for line in read_history(folder):
+                    if records.value(line, phase.rank.metric) is not None:
+                        entries.append({**head, "seed": seed, "round": line["round"], **dict(records.scalars(line))})
+    return pd.DataFrame(entries)
 
 
-def table(sweep: Sweep, rows: Sequence[Row], *, most: int | None = None) -> TextTable:
-    """The trials for the terminal, at most `most` of them."""
-    shown = rows[:most]
-    left_out = len(rows) - len(shown)
-    notes = [f"… and {left_out} more"] if left_out else []
-    return TextTable(_headings(sweep), [_cells(sweep, row) for row in shown], notes=notes, words=(1, 2))
+def write_results(store: Store) -> None:
+    """Writes tables and figures of what there is of the search, also in the middle of it.
+
+    Raises:
+      ConfigurationError: the disk is full.
+    """
+    folder, trials, frame = store.folder, summary(store), tidy(store)
+    if frame.empty:
+        return
+    write_whole(folder / "results.csv", frame.to_csv(index=False))
+    if trials.empty:
+        return
+    write_whole(folder / "summary.csv", trials.to_csv(index=False))
+    write_whole(folder / "summary.md", _markdown(store.sweep, trials))
+    best = [(one.study_name, one.best_trial) for one in _searched(store) if one.get_trials(False, _COMPLETE)]
+    runs = [run for name, one in best for run in store.phase(name).run_folders(trial_of(name, one))]
+    with writing(folder / "curves.png"):
+        if runs:
+            save(plot_metric(compare.load_runs(runs), store.sweep.rank.metric), folder / "curves.png")
+        for study in _searched(store):
+            _plot_space(study, store.sweep.rank.metric, folder / f"space-{study.study_name}.png")
 
 
-def scale_and_unit(rank: Rank) -> tuple[int, str]:
-    """Accuracies are shown in per cent."""
-    return (100, " (%)") if "accuracy" in rank.metric else (1, "")
+def write_comparison(store: Store, trials: Sequence[int], notes: Sequence[str]) -> TextTable | None:
+    """Writes the comparison of the best settings; returns its table, None where no run of it has ended.
+
+    A run that diverged is named and counts in no mean.
+
+    Args:
+      trials: numbers in the study of the comparison.
+    """
+    settings, phase = store.sweep.compare, store.phase(COMPARISON)
+    assert settings is not None
+    known = store.study(COMPARISON).trials
+    found = [trial_of(COMPARISON, known[number]) for number in trials]
+    ended = [folder for one in found for folder in phase.run_folders(one) if (folder / records.ENDED).exists()]
+    kept = [folder for folder in ended if not (folder / records.FAILURE).exists()]
+    if not kept:
+        return None
+    variants = [{"name": one.variant, "settings": one.settings} for one in found]
+    write_whole(store.folder / "tuned.yaml", yaml.safe_dump({"variants": variants}, sort_keys=False))
+    runs = compare.load_runs(kept)
+    labels = {run.config["name"] for run in runs}
+    baseline = next((one.name for one in found if one.variant == settings.baseline and one.name in labels), None)
+    rows = compare.summary(runs, last=settings.last, baseline=baseline)
+    diverged = ", ".join(folder.name for folder in ended if folder not in kept)
+    notes = [*notes, *([f"Diverged, and in no mean: {diverged}."] if diverged else [])]
+    text = rendering.to_markdown(rows) + "".join(f"- {note}\n" for note in notes)
+    if personal.has_personal(runs):
+        text += f"\n{personal.personal_markdown(personal.personal_summary(runs, baseline=baseline))}"
+    write_whole(store.folder / "comparison.md", text)
+    write_whole(store.folder / "comparison.json", rendering.to_json(rows))
+    with writing(store.folder / "comparison.png"):
+        plot_comparison(runs, store.folder / "comparison.png")
+    return TextTable(*rendering.grid(rows), notes=[*rendering.notes(rows), *notes])
 
 
-def _row(store: Store, curves: Curves, trial: Trial) -> Row:
-    folders = [store.run_folder(trial, seed) for seed in store.sweep.seeds]
-    endings = [store.ending(trial, seed) for seed in store.sweep.seeds]
-    rounds = tuple(curves.rounds(folder) for folder in folders)
-    status = _status(endings, rounds)
-    values = [value_at(curves.curve(folder), None, store.sweep.rank.last) for folder in folders]
-    reasons = dict.fromkeys(end.reason for end in endings if end is not None and end.reason != "finished")
-    value = None if status in ("diverged", "failed") else spread(values)
-    if value is not None and not math.isfinite(value.mean):
-        value, reasons = None, reasons | {f"{store.sweep.rank.metric} is not finite": None}
-    return Row(trial, label(store.sweep, trial), status, rounds, value, tuple(reasons))
+def _searched(store: Store) -> list[Study]:
+    return [study for study in store.studies() if study.study_name != COMPARISON]
 
 
-def _status(endings: Sequence[Ending | None], rounds: Sequence[int]) -> str:
-    statuses = [ending.status for ending in endings if ending is not None]
-    if len(statuses) == len(endings):
-        return max(statuses, key=_ORDER.index)
-    return "running" if any(rounds) or statuses else "waiting"
-
-
-def _headings(sweep: Sweep) -> list[str]:
-    metric = f"{sweep.rank.metric}, last {sweep.rank.last}{scale_and_unit(sweep.rank)[1]}"
-    return ["trial", "settings", "status", "rounds", metric]
-
-
-def _cells(sweep: Sweep, row: Row) -> list[str]:
-    few, many = min(row.rounds), max(row.rounds)
-    shown = _MISSING if row.value is None else _shown(row.value, sweep.rank)
-    return [str(row.trial.number), row.label, row.status, f"{few}" if few == many else f"{few}–{many}", shown]
-
-
-def _shown(value: Spread, rank: Rank) -> str:
-    scale, unit = scale_and_unit(rank)
-    digits = ".2f" if unit else ".4g"
-    mean = f"{scale * value.mean:{digits}}"
-    return mean if value.std is None else f"{mean} ± {scale * value.std:{digits}}"
-
-
-def _markdown(sweep: Sweep, rows: Sequence[Row]) -> str:
-    body = markdown_lines(_headings(sweep), (_cells(sweep, row) for row in rows), words=(1, 2))
-    notes = [f"- trial {row.trial.number}: {'; '.join(row.reasons)}" for row in rows if row.reasons]
-    seeds = f"Mean ± sample standard deviation over the seeds {', '.join(map(str, sweep.seeds))}."
-    return "\n".join([*body, "", seeds, *([""] if notes else []), *notes]) + "\n"
-
-
-def _summary_entry(row: Row) -> dict[str, Any]:
-    value = row.value or Spread(float("nan"), None, 0)
+def _entry(frozen: FrozenTrial) -> dict[str, Any]:
+    told = frozen.user_attrs
     return {
-        "trial": row.trial.number,
-        "variant": row.trial.point.variant,
-        **row.trial.point.settings,
-        "status": row.status,
-        "rounds": min(row.rounds),
-        "mean": value.mean,
-        "std": value.std,
-        "seeds": value.seeds,
-        "reason": "; ".join(row.reasons),
+        "trial": told["name"],
+        "settings": said(told["settings"], frozen.params),
+        "status": told.get("status") or ("running" if frozen.intermediate_values else "waiting"),
+        "rounds": told.get("rounds", frozen.last_step or 0),
+        "mean": frozen.value if frozen.state in _COMPLETE else None,
+        "std": told.get("std"),
+        "reason": told.get("reason", ""),
+        **{field: told["settings"][field] for key in frozen.params for field in fields(key)},
     }
 
 
-def _uniform(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of one type each, as Parquet needs them: what is not all numbers or all truth values becomes text."""
-    frame = frame.copy()
-    for name in frame.columns:
-        present = [value for value in frame[name] if not _empty(value)]
-        kinds = {
-            bool if isinstance(value, bool) else float if isinstance(value, int | float) else str for value in present
-        }
-        if kinds - {float} and kinds != {bool}:
-            frame[name] = [None if _empty(value) else _text(value) for value in frame[name]]
-    return frame
+def _grid(sweep: Sweep, trials: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of the table; accuracies in per cent."""
+    scale, digits, unit = (100, ".2f", " (%)") if "accuracy" in sweep.rank.metric else (1, ".4g", "")
+    cells = []
+    for row in trials.to_dict("records"):
+        mean = "–" if pd.isna(row["mean"]) else f"{scale * row['mean']:{digits}}"
+        spread = "" if pd.isna(row["std"]) else f" ± {scale * row['std']:{digits}}"
+        cells.append([row["trial"], row["settings"], row["status"], str(row["rounds"]), mean + spread])
+    return ["trial", "settings", "status", "rounds", f"{sweep.rank.metric}, last {sweep.rank.last}{unit}"], cells
 
 
-def _empty(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
+def _markdown(sweep: Sweep, trials: pd.DataFrame) -> str:
+    notes = [f"- {name}: {why}" for name, why in zip(trials["trial"], trials["reason"], strict=True) if why]
+    seeds = f"Mean ± sample standard deviation over the seeds {', '.join(map(str, sweep.seeds))}."
+    body = rendering.markdown_lines(*_grid(sweep, trials), words=(0, 1, 2))
+    return "\n".join([*body, "", seeds, *([""] if notes else []), *notes]) + "\n"
 
 
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+def _plot_space(study: Study, metric: str, path: Path) -> None:
+    """Draws the value over each field of which complete trials have several values."""
+    complete = study.get_trials(deepcopy=False, states=_COMPLETE)
+    params = [key for key in (complete[0].params if complete else ()) if len({one.params[key] for one in complete}) > 1]
+    if not params:
+        return
+    import matplotlib.pyplot as plt  # has a state of its own, which only Optuna needs
+
+    with plt.ioff(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.visualization.matplotlib.plot_slice(study, params=params, target_name=metric)
+        save(plt.gcf(), path)
+        plt.close(plt.gcf())

@@ -26,7 +26,7 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, wait
 from fedjax_qp.engine.devices import cores
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweeps.space import Sweep
-from fedjax_qp.sweeps.worker import Task, execute, mark_failed, split
+from fedjax_qp.sweeps.worker import Task, execute, split
 
 _CORES_PER_WORKER = 2
 _GPU_SHARE = 0.75  # of its memory that JAX takes when a process starts, for all workers on a GPU together
@@ -145,16 +145,21 @@ def workers_of(client: Client) -> int:
 
 
 def run_tasks(
-    client: Client, tasks: Sequence[Task], retries: int, watch: Callable[[], None], interval: float = 1.0
+    client: Client,
+    tasks: Sequence[Task],
+    retries: int,
+    watch: Callable[[], None],
+    failed: Callable[[Task, str], None],
+    interval: float = 1.0,
 ) -> None:
     """Executes tasks until each of them has ended.
 
     A task that fails for good is taken apart: its halves are tried anew, and so on down to single runs, so that one run
-    that cannot work, or too many runs for one device's memory, do not take the others with them. A single run that fails
-    is marked as failed.
+    that cannot work, or too many runs for one device's memory, do not take the others with them.
 
     Args:
       watch: called about every `interval` seconds, for display and interruption.
+      failed: called with the task of a single run that fails, and why.
 
     Raises:
       RuntimeError: the cluster has gone.
@@ -166,7 +171,10 @@ def run_tasks(
         for future in [future for future in waiting if future.status != "pending"]:
             task = waiting.pop(future)
             if future.status == "error":
-                for part in _after_failure(task, str(future.exception())):
+                parts = split(task)
+                if parts is None:
+                    failed(task, str(future.exception()).strip() or "no reason given")
+                for part in parts or ():
                     waiting[_submit(client, part, retries)] = part
             elif future.status != "finished":  # "cancelled" or "lost"
                 raise RuntimeError(f"the cluster has gone ({future.status}): run the same command again to continue.")
@@ -175,13 +183,6 @@ def run_tasks(
 
 def _submit(client: Client, task: Task, retries: int) -> Future:
     return client.submit(execute, task, key=f"{task.attempt}-{task.key}", retries=retries, pure=False)
-
-
-def _after_failure(task: Task, error: str) -> Sequence[Task]:
-    parts = split(task)
-    if parts is None:
-        mark_failed(task, error.strip() or "no reason given")
-    return parts or ()
 
 
 @contextlib.contextmanager

@@ -1,151 +1,133 @@
-"""Which trials a sweep makes: every point of a grid, random points, or points that Optuna proposes.
+"""Which trials a sweep makes: Optuna's samplers propose them, and each is checked before any compute.
 
-All three are functions of the sweep file and, for Optuna, of the results so far: nothing of them has to be saved, and an
-interrupted sweep goes on with the trials that it would have made. Random draws depend on the variant's name and on their
-number alone, so asking for more trials later only adds some. Fields are drawn in the order of their names, whatever their
-order in the file.
+Proposals are functions of the sweep file and, for `tpe`, of the results so far: nothing of them has to be saved, and an
+interrupted sweep goes on with the trials that it would have made. Asking for more trials later only adds some. Fields are
+drawn in the order of their names, whatever their order in the file.
 """
 
 import copy
 import dataclasses
 import itertools
 import json
-import logging
-import math
-import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GridSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial
 
 from fedjax_qp import config as configuration
 from fedjax_qp.config import PARTS, Config
 from fedjax_qp.experiment import check, is_whole_number, resolve
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.values import shown
-from fedjax_qp.sweeps.space import MOST_VALUES, Choices, Dimension, Range, Sweep, Variant, at_share, listed, typed
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-    from optuna.trial import FrozenTrial
+from fedjax_qp.sweeps.space import MOST_VALUES, Dimension, Range, Sweep, Variant, fields, is_tuned, listed, settings_of
 
 _TRIES = 50  # draws for one new point, before the space counts as used up
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Point(NamedTuple):
     """What a trial tries."""
 
-    variant: str
     settings: dict[str, Any]  # by field: the variant's own and the searched ones
-    drawn: dict[str, int | float] = {}  # noqa: RUF012 (never written to); Optuna: the searched ones as it knows them
+    params: Mapping[str, Any] = MappingProxyType({})  # the searched ones as Optuna knows them
+    distributions: Mapping[str, BaseDistribution] = MappingProxyType({})  # where they are from
 
 
-class Told(NamedTuple):
-    """How a point turned out."""
-
-    point: Point
-    value: float | None  # None where there is none: diverged or failed
-    complete: bool
-    rounds: int
+def identity(settings: dict[str, Any]) -> str:
+    """Two points of a variant are the same trial exactly where this is the same."""
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
-def identity(point: Point) -> str:
-    """Two points are the same trial exactly where this is the same."""
-    return json.dumps([point.variant, point.settings], sort_keys=True, default=str)
-
-
-def typed_variants(sweep: Sweep, base: dict[str, Any]) -> list[Variant]:
-    """The variants with the common space filled in, every range in numbers of its field's kind.
+def searched_variants(sweep: Sweep) -> list[Variant]:
+    """The variants with trials, every range in numbers of its field's kind: in a comparison those that have a choice.
 
     Raises:
       ConfigurationError: a range does not suit its field.
     """
-    return [_typed(variant, base) for variant in sweep.every_variant()]
+    return [
+        _typed(sweep, variant) for variant in sweep.every_variant() if sweep.compare is None or is_tuned(sweep, variant)
+    ]
 
 
-def _typed(variant: Variant, base: dict[str, Any]) -> Variant:
-    values = copy.deepcopy(base)
-    names = {
-        key: dimension.choices[0]
-        for key, dimension in variant.space.items()
-        if isinstance(dimension, Choices) and key.removesuffix(".name") in PARTS
-    }
-    configuration.change(values, {**variant.settings, **names}.items())
-    parts = {part: value["name"] for part in PARTS if isinstance(value := values[part], dict) and "name" in value}
-    space = {key: typed(key, dimension, is_whole_number(key, parts)) for key, dimension in variant.space.items()}
-    return dataclasses.replace(variant, space=space)
-
-
-def grid(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
-    """Every point of every variant, each once; the last field varies fastest.
+def planned(sweep: Sweep) -> dict[str, list[Point]]:
+    """The trials that are known beforehand, by variant, each checked; of `tpe` none, whose space is checked at its ends.
 
     Raises:
-      ConfigurationError: some configuration cannot work, or there are too many.
+      ConfigurationError: some trial cannot work, or there are too many.
     """
-    variants = typed_variants(sweep, base)
-    values = [[listed(dimension) or [] for dimension in variant.space.values()] for variant in variants]
-    trials = sum(math.prod(map(len, of_variant)) for of_variant in values)
+    variants = searched_variants(sweep)
+    trials = sum(settings_of(sweep, variant) for variant in variants)
     if trials > MOST_VALUES:
         raise ConfigurationError(
-            f"the grid has {trials} trials, more than {MOST_VALUES}: search fewer values, or choose search = 'random'."
+            f"the {sweep.search} has {trials} trials, more than {MOST_VALUES}: search fewer values, or choose search = "
+            "'random' with fewer trials."
         )
-    points = [
-        checked(base, _point(variant, dict(zip(variant.space, chosen, strict=True))))
-        for variant, of_variant in zip(variants, values, strict=True)
-        for chosen in itertools.product(*of_variant)
-    ]
-    return list({identity(point): point for point in points}.values())
+    if sweep.compare is not None:
+        for variant in sweep.every_variant():
+            parent = next(one for one in sweep.every_variant() if one.name == (variant.like or variant.name))
+            compared(sweep, variant, single(sweep, parent))
+    if sweep.search != "tpe":
+        return {variant.name: proposals(sweep, variant, []) for variant in variants}
+    for variant in variants:
+        ends = {key: [one.low, one.high] if isinstance(one, Range) else one for key, one in variant.space.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        for change in [{key: value} for key, values in ends.items() for value in values] or [{}]:
+            checked(sweep, variant.name, settings_with(variant, {**first, **change}))
+    return {}
 
 
-def random(sweep: Sweep, base: dict[str, Any]) -> list[Point]:
-    """`trials` different points of every variant; fewer where its space has no more.
+def proposals(sweep: Sweep, variant: Variant, trials: Sequence[FrozenTrial]) -> list[Point]:
+    """The points of a grid or a random search; of `tpe` those of the present batch, none while the last one runs.
 
-    Raises:
-      ConfigurationError: as in `grid`.
-    """
-    points: list[Point] = []
-    for variant in typed_variants(sweep, base):
-        seed = (sweep.search_seed, zlib.crc32(variant.name.encode()))
-        draws = (
-            {key: _draw(dimension, generator) for key, dimension in sorted(variant.space.items())}
-            for generator in (np.random.default_rng((*seed, number)) for number in itertools.count())
-        )
-        points += _different(base, [], (_point(variant, draw) for draw in draws), sweep.trials or 0)
-    return points
-
-
-def proposals(sweep: Sweep, base: dict[str, Any], told: Sequence[Told]) -> list[Point]:
-    """Optuna's next points: at most `batch` for each variant, none once it has its trials or its space is used up.
-
-    Each variant has a study of its own (tree-structured Parzen estimator), made anew from the results every time. Trials
-    that were stopped early count as worse than finished ones, diverged and failed ones as worst.
+    Args:
+      variant: from `searched_variants`.
+      trials: of this variant so far.
 
     Raises:
-      ConfigurationError: as in `grid`.
+      ConfigurationError: some configuration cannot work.
     """
-    points = []
-    for variant in typed_variants(sweep, base):
-        before = [one for one in told if one.point.variant == variant.name]
-        wanted = min(sweep.batch, (sweep.trials or 0) - len(before))
-        if wanted > 0:
-            asked = _asked(sweep, variant, before)
-            points += _different(base, [one.point for one in before], asked, wanted)
-    return points
+    known, count = [], settings_of(sweep, variant)
+    if sweep.search == "tpe":
+        known = list(trials[: len(trials) // sweep.batch * sweep.batch])
+        count = min(sweep.batch, count - len(known))
+    if count <= 0 or any(not trial.state.is_finished() for trial in known):
+        return []
+    asked = _asked(sweep, variant, known)
+    if sweep.search == "grid":  # which Optuna shuffles; the last field varies fastest
+        asked = iter(sorted(itertools.islice(asked, count), key=lambda point: _place(variant, point)))
+    return _different(sweep, variant, known, asked, count)
 
 
-def check_space(sweep: Sweep, base: dict[str, Any]) -> None:
-    """Checks what Optuna may propose: every choice and both ends of every range, one field at a time.
+def compared(sweep: Sweep, variant: Variant, settings: dict[str, Any]) -> dict[str, Any]:
+    """The checked settings with which a variant takes part in the comparison.
 
-    Raises:
-      ConfigurationError: as in `grid`.
+    Args:
+      settings: the chosen ones, of the variant itself or of the one that it is like.
     """
-    for variant in typed_variants(sweep, base):
-        extremes = {key: _extremes(dimension) for key, dimension in variant.space.items()}
-        first = {key: values[0] for key, values in extremes.items()}
-        changes = [{key: value} for key, values in extremes.items() for value in values]
-        for change in changes or [{}]:
-            checked(base, _point(variant, {**first, **change}))
+    rounds = {} if sweep.compare is None or sweep.compare.rounds is None else {"rounds": sweep.compare.rounds}
+    own = variant.settings if variant.like else {}
+    return checked(sweep, variant.name, {**settings, **own, **rounds})
+
+
+def single(sweep: Sweep, variant: Variant) -> dict[str, Any]:
+    """The settings of a variant that has no choice, or the first ones of another."""
+    searched = {key: one.low if isinstance(one, Range) else one[0] for key, one in _typed(sweep, variant).space.items()}
+    return checked(sweep, variant.name, settings_with(variant, searched))
+
+
+def settings_with(variant: Variant, searched: dict[str, Any]) -> dict[str, Any]:
+    """A variant's own settings and the searched ones, those of a dimension of several fields one by one."""
+    found = dict(variant.settings)
+    for key in variant.space:
+        names = fields(key)
+        found |= {key: searched[key]} if len(names) == 1 else dict(zip(names, searched[key], strict=True))
+    return found
 
 
 def configure(base: dict[str, Any], settings: dict[str, Any], *, name: str, folder: str, seed: int) -> Config:
@@ -160,22 +142,21 @@ def configure(base: dict[str, Any], settings: dict[str, Any], *, name: str, fold
     return resolve(configuration.from_dict(values))
 
 
-def checked(base: dict[str, Any], point: Point) -> Point:
-    """Builds a point's configuration and algorithm, without data; returns it with the values as the run sees them.
+def checked(sweep: Sweep, variant: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Builds the configuration and algorithm of some settings, without data; returns them as the run sees them.
 
     So `1e-3`, which YAML reads as a text, and 0.001 are the same trial.
     """
     try:
-        config = configure(base, point.settings, name="trial", folder="runs", seed=0)
+        config = configure(sweep.base, settings, name="trial", folder="runs", seed=0)
         check(config)
     except ConfigurationError as error:
-        settings = ", ".join(f"{key}={shown(value)}" for key, value in point.settings.items())
+        said = ", ".join(f"{key}={shown(value)}" for key, value in settings.items())
         raise ConfigurationError(
-            f"{error} (in the trial {point.variant or 'with'} {settings[:200] or 'the base itself'})"
+            f"{error} (in the trial {variant or 'with'} {said[:200] or 'the base itself'})"
         ) from None
     values = configuration.to_dict(config)
-    settings = {key: _as_resolved(values, key, value) for key, value in point.settings.items()}
-    return point._replace(settings=settings)
+    return {key: _as_resolved(values, key, value) for key, value in settings.items()}
 
 
 def _as_resolved(values: Any, key: str, given: Any) -> Any:
@@ -184,93 +165,102 @@ def _as_resolved(values: Any, key: str, given: Any) -> Any:
     return given if isinstance(values, dict) else values
 
 
-def _point(variant: Variant, searched: dict[str, Any], drawn: dict[str, Any] | None = None) -> Point:
-    in_order = {key: searched[key] for key in variant.space}
-    return Point(variant.name, {**variant.settings, **in_order}, drawn or {})
-
-
-def _different(base: dict[str, Any], known: list[Point], points: Iterator[Point], count: int) -> list[Point]:
+def _different(
+    sweep: Sweep, variant: Variant, known: Sequence[FrozenTrial], asked: Iterator[Point], count: int
+) -> list[Point]:
     """The first `count` points that are neither known nor repeated, checked; fewer where too many repeat."""
-    seen, found, tries = {identity(point) for point in known}, [], 0
-    for point in points:
-        if len(found) == count or tries == _TRIES:
-            break
-        point, tries = checked(base, point), tries + 1
-        if identity(point) not in seen:
-            seen.add(identity(point))
+    seen, found, tries = {identity(trial.user_attrs["settings"]) for trial in known}, [], 0
+    for point in asked:
+        point = point._replace(settings=checked(sweep, variant.name, point.settings))
+        tries += 1
+        if identity(point.settings) not in seen:
+            seen.add(identity(point.settings))
             found.append(point)
             tries = 0
+        if len(found) == count or (tries == _TRIES and sweep.search != "grid"):
+            break
     return found
-
-
-def _draw(dimension: Dimension, generator: np.random.Generator) -> Any:
-    values = listed(dimension)
-    if values is not None:
-        return values[int(generator.integers(len(values)))]
-    assert isinstance(dimension, Range)
-    if dimension.whole and not dimension.log:
-        return int(generator.integers(int(dimension.low), int(dimension.high), endpoint=True))
-    return _rounded(dimension, at_share(dimension, generator.uniform()))
-
-
-def _rounded(dimension: Range, value: float) -> int | float:
-    """Four digits are enough to quote, and fine enough to search."""
-    short = round(value) if dimension.whole else float(f"{value:.4g}")
-    return min(max(short, dimension.low), dimension.high)
-
-
-def _extremes(dimension: Dimension) -> list[Any]:
-    return list(dimension.choices) if isinstance(dimension, Choices) else [dimension.low, dimension.high]
 
 
 # --- Optuna -----------------------------------------------------------------------------------------------------------
 
 
-def _asked(sweep: Sweep, variant: Variant, told: Sequence[Told]) -> Iterator[Point]:
-    """Yields proposals forever from a study of the results so far."""
-    import optuna
-
-    logging.getLogger("optuna").setLevel(logging.WARNING)
+def _asked(sweep: Sweep, variant: Variant, known: Sequence[FrozenTrial]) -> Iterator[Point]:
+    """Yields what Optuna proposes, forever."""
     distributions = {key: _distribution(dimension) for key, dimension in sorted(variant.space.items())}
-    seed = zlib.crc32(f"{sweep.search_seed} {variant.name} {len(told)}".encode())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # the liar: what is asked counts as bad
-        sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    study = optuna.create_study(direction="maximize" if sweep.rank.sign > 0 else "minimize", sampler=sampler)
-    study.add_trials([_frozen(one, distributions) for one in told])
+    seed = zlib.crc32(f"{sweep.search_seed} {variant.name} {len(known)}".encode())
+    study = optuna.create_study(direction=sweep.rank.optuna_direction, sampler=_sampler(sweep, variant, seed))
+    study.add_trials(known)
     while True:
-        parameters = study.ask(fixed_distributions=distributions).params
-        searched = {key: _value(variant.space[key], number) for key, number in parameters.items()}
-        yield _point(variant, searched, parameters)
+        params = study.ask(fixed_distributions=distributions).params
+        searched = {key: _value(variant.space[key], param) for key, param in params.items()}
+        yield Point(settings_with(variant, searched), params, distributions)
 
 
-def _distribution(dimension: Dimension) -> "BaseDistribution":
-    """A choice is searched by its index, since Optuna knows no lists or mappings; steps of a range by theirs, in order."""
-    from optuna import distributions
-
-    values = listed(dimension)
-    if isinstance(dimension, Choices):
-        return distributions.CategoricalDistribution(range(len(dimension.choices)))
-    if values is not None:
-        return distributions.IntDistribution(0, len(values) - 1)
-    if dimension.whole:
-        return distributions.IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
-    return distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
+def _place(variant: Variant, point: Point) -> list[float]:
+    """Where a point stands in a grid."""
+    return [point.distributions[key].to_internal_repr(point.params[key]) for key in variant.space]
 
 
-def _value(dimension: Dimension, number: int | float) -> Any:
+def _sampler(sweep: Sweep, variant: Variant, seed: int) -> BaseSampler:
+    if sweep.search == "grid":
+        return GridSampler({key: list(map(_param, listed(one) or ())) for key, one in variant.space.items()}, seed=seed)
+    return RandomSampler(seed) if sweep.search == "random" else TPESampler(seed=seed)
+
+
+def _distribution(dimension: Dimension) -> BaseDistribution:
     values = listed(dimension)
     if values is not None:
-        return values[int(number)]
+        return CategoricalDistribution([_param(value) for value in values])
     assert isinstance(dimension, Range)
-    return _rounded(dimension, number)
+    if dimension.whole:
+        return IntDistribution(int(dimension.low), int(dimension.high), log=dimension.log)
+    return FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-def _frozen(told: Told, distributions: dict[str, "BaseDistribution"]) -> "FrozenTrial":
-    from optuna.trial import TrialState, create_trial
+def _param(value: Any) -> bool | int | float | str | None:
+    """A value as Optuna knows it, which has no lists or mappings."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, list | tuple | dict) else value
 
-    shared = {"params": told.point.drawn, "distributions": distributions}
-    if told.complete and told.value is not None:
-        return create_trial(state=TrialState.COMPLETE, value=told.value, **shared)
-    seen = {} if told.value is None else {told.rounds: told.value}
-    return create_trial(state=TrialState.PRUNED, intermediate_values=seen, **shared)
+
+def _value(dimension: Dimension, param: Any) -> Any:
+    """The inverse of `_param`."""
+    values = listed(dimension)
+    return param if values is None else next(value for value in values if _param(value) == param)
+
+
+# --- ranges -----------------------------------------------------------------------------------------------------------
+
+
+def _typed(sweep: Sweep, variant: Variant) -> Variant:
+    values = copy.deepcopy(sweep.base)
+    names = {
+        key: one[0]
+        for key, one in variant.space.items()
+        if not isinstance(one, Range) and key.removesuffix(".name") in PARTS
+    }
+    configuration.change(values, {**variant.settings, **names}.items())
+    parts = {part: value["name"] for part in PARTS if isinstance(value := values[part], dict) and "name" in value}
+    return dataclasses.replace(
+        variant,
+        space={
+            key: _of_kind(key, one, is_whole_number(key, parts)) if isinstance(one, Range) else one
+            for key, one in variant.space.items()
+        },
+    )
+
+
+def _of_kind(key: str, dimension: Range, whole: bool) -> Range:
+    """A range in numbers of its field's kind, however the file spells them: `low: 0, high: 1` may be a range of floats."""
+    kind = int if whole else float
+    found = dataclasses.replace(dimension, low=kind(dimension.low), high=kind(dimension.high))
+    for name in ("low", "high"):
+        if getattr(found, name) != (number := getattr(dimension, name)):
+            raise ConfigurationError(f"{key}: {name} = {number} must be a whole number, as {key} is one.")
+    values = listed(found)
+    if values is not None and dimension.points is not None and len(values) < dimension.points:
+        raise ConfigurationError(
+            f"{key}: points = {dimension.points} from {found.low} to {found.high} are only {len(values)} different whole "
+            f"numbers: choose points = {len(values)}, or a wider range."
+        )
+    return found

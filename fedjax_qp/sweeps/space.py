@@ -1,75 +1,76 @@
-"""What a sweep tries: a YAML file mapped strictly onto frozen dataclasses, with every default of a sweep in this file.
+"""The sweep file: YAML mapped strictly onto frozen dataclasses, with every default of a sweep in this file.
 
 A sweep varies fields of one base configuration, each by its dotted name (`algorithm.alpha`, `partition`, `rounds`, …):
 
     name: sweep-mnist5k
     config: mnist5k.yaml                  # the base, relative to this file
-    overrides: {rounds: 20}               # changes to it; a list of key=value does as well, see below
+    overrides: {rounds: 20}               # changes to it
     seeds: [0, 1, 2]                      # every trial runs once with each
-    search: grid                          # or random, optuna
+    search: grid                          # or random, tpe
     space:
       local.epochs: [1, 5]
       local.learning_rate: {low: 0.01, high: 0.1, log: true, points: 4}
     variants:                             # coupled settings, each with a space of its own besides the common one
       - {name: fedavg, settings: {algorithm: fedavg}}
       - {name: fedprox, settings: {algorithm: fedprox}, space: {algorithm.proximal: [0.001, 0.01]}}
+    compare: {seeds: [3, 4, 5], baseline: fedavg}     # then the best setting of each variant on seeds that chose nothing
 
-A trial is one point of a variant's space; a run is a trial with one seed. On the command line, `key=value` changes the
-sweep where the key is one of `Sweep`'s, and the base configuration otherwise: `workers=4 rounds=50 space.rounds=[5,10]`.
-There it wins over the file's `overrides`. A whole group replaces that of the base: `overrides: {local: {epochs: 3}}` leaves
-the defaults for all else in `local`, and `overrides: {local.epochs: 3}` what the base has.
+A trial is one point of a variant's space; a run is a trial with one seed. Fields that go together are one dimension:
+`"algorithm.alpha, algorithm.margin": [[1, 0], [2, 0.25]]`. On the command line, `key=value` changes the sweep where the key
+is one of `Sweep`'s, and the base configuration otherwise: `workers=4 rounds=50 space.rounds=[5,10]`. There it wins over the
+file's `overrides`. A whole group replaces that of the base: `overrides: {local: {epochs: 3}}` leaves the defaults for all
+else in `local`, and `overrides: {local.epochs: 3}` what the base has.
 """
 
-import copy
 import dataclasses
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from fedjax_qp import config as configuration
-from fedjax_qp.config import PARTS, Config
-from fedjax_qp.registry import ConfigurationError, unknown_name
+from fedjax_qp.config import Config
+from fedjax_qp.registry import ConfigurationError, require, unknown_name
 from fedjax_qp.settings import presets
 from fedjax_qp.settings.values import Count, Finite, Line, Name, PathName, Seed, Truth, Whole, shown
 
 MOST_VALUES = 10_000  # of a field, and trials of a sweep: each is a run at least
+COMPARISON = "comparison"  # names the study and the folder of the runs that follow the search
 Number = Whole | Finite
+
+
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise PydanticCustomError("seeds", "names a seed twice: each belongs there once")
+    return seeds
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_each_once)]
 
 # The sweep gives every run these itself.
 _TAKEN = {"name": "the sweep names its runs", "folder": "the sweep keeps its runs in its own", "seed": "use `seeds`"}
 
 
 @dataclass(frozen=True)
-class Choices:
-    """Values to choose from, in YAML a list or `{choices: […]}`."""
-
-    choices: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
 class Range:
-    """An interval, both ends included; of whole numbers where the field is one, see `typed`.
-
-    A grid needs `step` (a distance) or `points` (a number of values, evenly spaced on the scale). Random search and Optuna
-    take any value between the ends where neither is given, rounded to four significant digits.
-    """
+    """An interval, both ends included; of whole numbers where the field is one, see `search`."""
 
     low: Number
     high: Number
     log: Truth = False
-    step: Number | None = None
-    points: Annotated[Whole, Field(ge=2, le=MOST_VALUES)] | None = None
+    points: Annotated[Whole, Field(ge=2, le=MOST_VALUES)] | None = None  # evenly spaced on the scale; a grid needs them
 
     @property
     def whole(self) -> bool:
-        return all(isinstance(number, int) for number in (self.low, self.high, self.step) if number is not None)
+        return isinstance(self.low, int) and isinstance(self.high, int)
 
 
-Dimension = Choices | Range
+Dimension = tuple[Any, ...] | Range  # values to choose from, or an interval
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Variant:
     name: Annotated[Name | Literal[""], Field(union_mode="left_to_right")]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     space: dict[str, Dimension] = dataclasses.field(default_factory=dict)
+    like: Name | None = None  # another variant: its best settings changed by these, in the comparison only
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,30 @@ class Rank:
     last: Count = 10  # evaluations
 
     @property
-    def sign(self) -> int:
-        """1 where more is better, otherwise -1."""
+    def optuna_direction(self) -> Literal["maximize", "minimize"]:
         direction = self.direction or ("max" if "accuracy" in self.metric else "min")
-        return 1 if direction == "max" else -1
+        return "maximize" if direction == "max" else "minimize"
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The median rule, see `stopping`."""
+    """Gives hopeless trials up by one of Optuna's pruners; variants are judged apart, a trial with all of its seeds."""
 
+    # median: worse than the median of complete trials at that round. halving: not among the better quarter of all trials that
+    # have come to rounds after, 4 × after, 16 × after, …; unlike the first it judges trials that run side by side.
+    pruner: Literal["median", "halving"] = "median"
     after: Count = 10  # rounds that every trial gets
-    least_trials: Annotated[Whole, Field(ge=2)] = 4  # others that must have come as far
+    least_trials: Annotated[Whole, Field(ge=2)] = 4  # median: complete ones that must be there
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What follows the search: the best setting of each variant, each with the same seeds, which chose nothing."""
+
+    seeds: Seeds
+    rounds: Count | None = None  # null = as in the search
+    last: Count = 10  # evaluations that an accuracy is averaged over
+    baseline: Name | None = None  # the variant that differences are taken to, seed by seed
 
 
 @dataclass(frozen=True)
@@ -110,27 +124,25 @@ class Sweep:
 
     name: Name
     config: PathName  # path of the base configuration
-    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: dict[str, Any]  # what it holds, with the overrides and every default; not a setting of the file
     folder: PathName = "runs"  # the sweep's own folder is made in it, under the sweep's name
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
-    search: Literal["grid", "random", "optuna"] = "grid"
-    trials: Annotated[Count, Field(le=MOST_VALUES)] | None = None  # of each variant; random and optuna need it
+    seeds: Seeds = (0,)
+    search: Literal["grid", "random", "tpe"] = "grid"  # Optuna's sampler
+    trials: Annotated[Count, Field(le=MOST_VALUES)] | None = None  # of each variant; random and tpe need it
     search_seed: Annotated[Whole, Field(ge=0)] = 0
-    batch: Annotated[Count, Field(le=MOST_VALUES)] = (
-        8  # optuna: trials proposed at once; they run together, and the next proposals know their results
-    )
+    # tpe: trials proposed at once; they run together, and the next proposals know their results
+    batch: Annotated[Count, Field(le=MOST_VALUES)] = 8
     space: dict[str, Dimension] = dataclasses.field(default_factory=dict)  # of every variant
-    variants: tuple[Variant, ...] = ()
+    variants: tuple[Variant, ...] = ()  # in the file also the path of another one with a list `variants`
     rank: Rank = dataclasses.field(default_factory=Rank)
     early_stopping: EarlyStopping | None = None
-    workers: Annotated[Count, Field(le=4096)] | Literal["auto"] = (
-        "auto"  # processes of the embedded cluster, see `schedule`
-    )
+    compare: Comparison | None = None
+    # processes of the embedded cluster, see `schedule`
+    workers: Annotated[Count, Field(le=4096)] | Literal["auto"] = "auto"
     cluster: Line | None = None  # address of an existing Dask scheduler, for example tcp://10.0.0.1:8786
     runs_per_task: Count | None = None  # null = as many as share a program, divided among the workers
-    retries: Annotated[Whole, Field(ge=0, le=1000)] = (
-        2  # of a task that fails or whose worker dies, before it is taken apart
-    )
+    # of a task that fails or whose worker dies, before it is taken apart
+    retries: Annotated[Whole, Field(ge=0, le=1000)] = 2
 
     @property
     def sweep_folder(self) -> Path:
@@ -139,7 +151,9 @@ class Sweep:
     def every_variant(self) -> tuple[Variant, ...]:
         """The variants with the common space filled in; one without a name where the sweep has none."""
         variants = self.variants or (Variant(""),)
-        return tuple(dataclasses.replace(one, space={**self.space, **one.space}) for one in variants)
+        return tuple(
+            one if one.like else dataclasses.replace(one, space={**self.space, **one.space}) for one in variants
+        )
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Sweep:
@@ -149,273 +163,208 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
       ConfigurationError: a key is unknown (the nearest valid ones are named) or missing, or a value is out of range.
     """
     values = configuration.read_mapping(path)
-    of_file = _mapping(values.pop("overrides", None))
-    if isinstance(values.get("config"), str):
-        values["config"] = str(presets.located(path).expanduser().parent / Path(values["config"]).expanduser())
+    for key in ("config", "variants"):
+        if isinstance(values.get(key), str):
+            values[key] = str(presets.located(path).expanduser().parent / Path(values[key]).expanduser())
+    of_file = values.pop("overrides", None)
     given = [configuration.parse_override(override) for override in overrides or []]
     configuration.change(values, given, _place)
-    of_command = _mapping(values.get("overrides"))
-    named = isinstance(values.get("config"), str) and any(_name(part, of_command) is not None for part in PARTS)
-    base = configuration.read_mapping(Path(values["config"])) if named else {}
-    values["overrides"] = _merged(of_file, of_command, base)
-    return from_dict(values)
-
-
-def _place(key: str) -> list[str]:
-    """Where a setting of the command line stands in a sweep: fields of runs, whose names have dots, in its overrides."""
-    fields = [field.name for field in dataclasses.fields(Sweep)]
-    of_run = [field.name for field in dataclasses.fields(Config)]
-    head, _, rest = key.partition(".")
-    if head not in fields and head not in of_run:
-        raise unknown_name("setting", key, [*fields, *of_run])
-    if head not in fields:
-        return ["overrides", key]
-    return [head, rest] if rest and head in ("space", "overrides") else key.split(".")
-
-
-def _merged(of_file: dict[str, Any], given: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """The file's overrides under those of the command line, which also drop what belonged to what they replace.
-
-    As in `config.change`, another name for a part drops the part's options.
-
-    Args:
-      base: the configuration that both change.
-    """
-    renamed = {
-        part
-        for part in PARTS
-        if (name := _name(part, given)) is not None and name != (_name(part, of_file) or _name(part, base))
-    }
-    groups = [f"{key}." for key, value in given.items() if key not in PARTS or not isinstance(value, str)]
-    merged = {
-        key: copy.deepcopy(value)
-        for key, value in of_file.items()
-        if key.partition(".")[0] not in renamed and not key.startswith(tuple(groups))
-    }
-    for key, value in given.items():
-        path = f"{key}.name" if key in PARTS and isinstance(value, str) else key
-        outer = next((one for one in merged if path.startswith(f"{one}.") and isinstance(merged[one], dict)), None)
-        if outer is None:
-            merged[key] = value
-        else:
-            configuration.change(merged[outer], [(path.removeprefix(f"{outer}."), value)])
-    return merged
-
-
-def _name(part: str, values: dict[str, Any]) -> Any:
-    """The name that settings give a part, in any of three spellings; None where they give none."""
-    found = values.get(part, values.get(f"{part}.name"))
-    return found.get("name") if isinstance(found, dict) else found
+    return _sweep(values, [of_file, values.pop("overrides", None)])
 
 
 def from_dict(values: dict[str, Any]) -> Sweep:
-    """Builds a sweep from nested dicts, in which a dimension is a list or a mapping.
+    """Builds a sweep from nested dicts, as a file would hold them.
 
     Raises:
       ConfigurationError: as in `load`.
     """
-    values = {key: value for key, value in values.items() if value is not None}
-    configuration.check_keys(values, Sweep)
-    values["overrides"] = _mapping(values.get("overrides"))
-    values["space"] = _space("space", values.get("space", {}))
-    values["variants"] = _variants(values.get("variants", []))
-    try:
-        sweep = pydantic.TypeAdapter(Sweep).validate_python(values)
-    except pydantic.ValidationError as error:
-        raise ConfigurationError(configuration.readable(error)) from None
-    _check(sweep)
-    return sweep
+    return _sweep({key: value for key, value in values.items() if key != "overrides"}, [values.get("overrides")])
 
 
-def to_dict(sweep: Sweep) -> dict[str, Any]:
-    """The inverse of `from_dict`."""
-    values = dataclasses.asdict(sweep)
-    values["space"] = _plain_space(sweep.space)
-    values["seeds"] = list(sweep.seeds)
-    values["variants"] = [
-        {"name": one.name, "settings": one.settings, "space": _plain_space(one.space)} for one in sweep.variants
-    ]
-    return values
-
-
-def base_values(sweep: Sweep) -> dict[str, Any]:
-    """The base configuration with its overrides, as plain dicts with every default.
-
-    Raises:
-      ConfigurationError: the base cannot be read, or one of its settings cannot work.
-    """
-    values = configuration.read_mapping(Path(sweep.config))
-    configuration.change(values, sweep.overrides.items())
-    return configuration.to_dict(configuration.from_dict(values))
-
-
-def typed(key: str, dimension: Dimension, whole: bool) -> Dimension:
-    """A range in numbers of its field's kind, however the file spells them: `low: 0, high: 1` may be a range of floats.
-
-    Raises:
-      ConfigurationError: the field takes whole numbers, and the range is not made of them, or has fewer than its points.
-    """
-    if isinstance(dimension, Choices):
-        return dimension
-    numbers = {name: getattr(dimension, name) for name in ("low", "high", "step")}
-    kind = int if whole else float
-    for name, number in numbers.items():
-        if number is not None and kind(number) != number:
-            raise ConfigurationError(f"{key}: {name} = {number} must be a whole number, as {key} is one.")
-    found = dataclasses.replace(
-        dimension, **{name: kind(number) for name, number in numbers.items() if number is not None}
-    )
-    values = listed(found)
-    if values is not None and dimension.points is not None and len(values) < dimension.points:
-        raise ConfigurationError(
-            f"{key}: points = {dimension.points} from {found.low} to {found.high} are only {len(values)} different whole "
-            f"numbers: choose points = {len(values)}, or a wider range."
-        )
-    return found
+def fields(key: str) -> list[str]:
+    """The settings that a dimension of a space varies: one, or several that go together."""
+    return [field.strip() for field in key.split(",")]
 
 
 def listed(dimension: Dimension) -> list[Any] | None:
-    """The values of a dimension, or None for an interval that has neither step nor number of points."""
-    if isinstance(dimension, Choices):
-        return list(dimension.choices)
-    if dimension.step is not None:
-        return [_number(dimension, dimension.low + index * dimension.step) for index in range(_steps(dimension))]
+    """The values of a dimension, or None for an interval without a number of points."""
+    if not isinstance(dimension, Range):
+        return list(dimension)
     if dimension.points is None:
         return None
-    shares = [index / (dimension.points - 1) for index in range(dimension.points)]
-    numbers = [_number(dimension, at_share(dimension, share)) for share in shares]
-    return list(dict.fromkeys(numbers))  # whole numbers may coincide
-
-
-def _steps(dimension: Range) -> int:
-    assert dimension.step is not None
-    return int((dimension.high - dimension.low) / dimension.step + 1e-9) + 1
-
-
-def at_share(dimension: Range, share: float) -> float:
-    """The number at a share (0 to 1) of an interval, on its scale."""
-    low, high = dimension.low, dimension.high
-    return low * (high / low) ** share if dimension.log else low + share * (high - low)
-
-
-def _number(dimension: Range, value: float) -> int | float:
-    """Cuts off what floating point adds: 0.30000000000000004 is meant to be 0.3."""
-    return round(value) if dimension.whole else float(f"{value:.12g}")
+    space = np.geomspace if dimension.log else np.linspace
+    numbers = space(dimension.low, dimension.high, dimension.points)
+    # Floating point adds something: 0.30000000000000004 is meant to be 0.3. Whole numbers may coincide.
+    return list(dict.fromkeys(round(one) if dimension.whole else float(f"{one:.12g}") for one in numbers))
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _mapping(overrides: Any) -> dict[str, Any]:
-    """Overrides as a mapping, also where they are a list of key=value."""
-    if isinstance(overrides, list | tuple):
-        found: dict[str, Any] = {}
-        given = [configuration.parse_override(str(override)) for override in overrides]
-        configuration.change(found, given, lambda key: [key])
-        return found
-    return dict(_is_mapping("overrides", overrides or {}))
+def _place(key: str) -> list[str]:
+    """Where a setting of the command line stands in a sweep: fields of runs, whose names have dots, in its overrides."""
+    of_sweep = [*(field.name for field in dataclasses.fields(Sweep) if field.name != "base"), "overrides"]
+    of_run = [field.name for field in dataclasses.fields(Config)]
+    head, _, rest = key.partition(".")
+    if head not in of_sweep and head not in of_run:
+        raise unknown_name("setting", key, [*of_sweep, *of_run])
+    if head not in of_sweep:
+        return ["overrides", key]
+    return [head, rest] if rest and head in ("space", "overrides") else key.split(".")
 
 
-def _is_mapping(key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigurationError(f"{key} = {shown(value)} must be a mapping of settings.")
+def _sweep(values: dict[str, Any], overrides: list[Any]) -> Sweep:
+    """Args: overrides: of the base, one after the other."""
+    values = {key: value for key, value in values.items() if value is not None and key != "base"}
+    values["space"] = _space("space", values.get("space", {}))
+    values["variants"] = _variants(values.get("variants", []))
+    values["base"] = {}
+    configuration.check_keys({key: value for key, value in values.items() if key != "space"}, Sweep)
+    try:
+        sweep = pydantic.TypeAdapter(Sweep).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigurationError(configuration.readable(error)) from None
+    _check(sweep)
+    return dataclasses.replace(sweep, base=_base(sweep.config, overrides))
+
+
+def _base(config: str, overrides: list[Any]) -> dict[str, Any]:
+    values = configuration.read_mapping(Path(config))
+    for changes in overrides:
+        changes = _mapping("overrides", changes or {})
+        for key in changes:
+            _check_field(f"overrides.{key}", key)
+        configuration.change(values, changes.items())
+    return configuration.to_dict(configuration.from_dict(values))
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    require(isinstance(value, dict), f"{key} = {shown(value)} must be a mapping of settings.")
     return value
 
 
 def _variants(values: Any) -> list[dict[str, Any]]:
+    if isinstance(values, str):
+        values = configuration.read_mapping(Path(values)).get("variants")
     if not isinstance(values, list | tuple):
         raise ConfigurationError(f"variants = {shown(values)} must be a list such as [{{name: a, settings: {{…}}}}].")
-    return [_variant(number, value) for number, value in enumerate(values)]
+    return [_variant(f"variants.{number}", value) for number, value in enumerate(values)]
 
 
-def _variant(number: int, value: Any) -> dict[str, Any]:
-    prefix = f"variants.{number}"
-    value = _is_mapping(prefix, value)
+def _variant(prefix: str, value: Any) -> dict[str, Any]:
+    value = _mapping(prefix, value)
     configuration.check_keys({key: item for key, item in value.items() if key != "space"}, Variant, f"{prefix}.")
     return {**value, "space": _space(f"{prefix}.space", value.get("space") or {})}
 
 
 def _space(prefix: str, values: Any) -> dict[str, Dimension]:
-    return {key: _dimension(f"{prefix}.{key}", value) for key, value in _is_mapping(prefix, values).items()}
+    return {key: _dimension(f"{prefix}.{key}", key, value) for key, value in _mapping(prefix, values).items()}
 
 
-def _dimension(key: str, value: Any) -> Dimension:
+def _dimension(where: str, key: str, value: Any) -> Dimension:
     """Reads and checks one dimension."""
+    together = len(fields(key))
     if isinstance(value, list | tuple):
-        value = {"choices": list(value)}
-    if not isinstance(value, dict):
+        require(value, f"{where} has no values: give at least one, or leave the field out.")
+        for one in value if together > 1 else ():
+            require(
+                isinstance(one, list | tuple) and len(one) == together,
+                f"{where}: {shown(one)} must be a list of {together} values, one for each of the fields.",
+            )
+        return tuple(value)
+    if not isinstance(value, dict) or together > 1:
         raise ConfigurationError(
-            f"{key} = {shown(value)} needs a list of values, or a range such as {{low: 0.01, high: 1}}."
+            f"{where} = {shown(value)} needs a list of values, or a range such as {{low: 0.01, high: 1}}."
         )
-    cls = Choices if "choices" in value else Range
-    configuration.check_keys(value, cls, f"{key}.")
+    configuration.check_keys(value, Range, f"{where}.")
     try:
-        dimension = pydantic.TypeAdapter(cls).validate_python(value)
+        dimension = pydantic.TypeAdapter(Range).validate_python(value)
     except pydantic.ValidationError as error:
-        raise ConfigurationError(f"{key}: {configuration.readable(error)}") from None
-    if isinstance(dimension, Range):
-        _check_range(key, dimension)
-    elif not dimension.choices:
-        raise ConfigurationError(f"{key} has no values: give at least one, or leave the field out.")
+        raise ConfigurationError(f"{where}: {configuration.readable(error)}") from None
+    _check_range(where, dimension)
     return dimension
 
 
 def _check_range(key: str, dimension: Range) -> None:
-    low, high, step = dimension.low, dimension.high, dimension.step
-    if not low < high:
-        raise ConfigurationError(f"{key}: low = {low} must be less than high = {high}.")
-    if not math.isfinite(high - low):
-        raise ConfigurationError(f"{key}: from {low} to {high} is too wide a range.")
-    if dimension.log and low <= 0:
-        raise ConfigurationError(f"{key}: low = {low} with log must be greater than 0.")
-    if step is not None and not 0 < step <= high - low:
-        raise ConfigurationError(f"{key}: step = {step} must be greater than 0 and at most {high - low}.")
-    if step is not None and (dimension.log or dimension.points):
-        raise ConfigurationError(f"{key}: step = {step} does not go with log or points: use points, or leave them out.")
-    if step is not None and _steps(dimension) > MOST_VALUES:
-        raise ConfigurationError(
-            f"{key}: step = {step} makes {_steps(dimension)} values from {low} to {high}, more than {MOST_VALUES}: choose a "
-            "larger one."
-        )
+    low, high = dimension.low, dimension.high
+    require(low < high, f"{key}: low = {low} must be less than high = {high}.")
+    require(math.isfinite(high - low), f"{key}: from {low} to {high} is too wide a range.")
+    require(low > 0 or not dimension.log, f"{key}: low = {low} with log must be greater than 0.")
 
 
 def _check(sweep: Sweep) -> None:
-    if len(set(sweep.seeds)) < len(sweep.seeds):
-        raise ConfigurationError(f"seeds = {list(sweep.seeds)} names a seed twice: each belongs there once.")
     names = [variant.name for variant in sweep.variants]
-    if len(set(names)) < len(names) or "" in names:
-        raise ConfigurationError(f"variants are named {names}: every one needs a name of its own.")
-    if sweep.search == "grid" and sweep.trials is not None:
-        raise ConfigurationError(
-            f"trials = {sweep.trials} with search = 'grid', which tries every point: leave it out."
-        )
-    if sweep.search != "grid" and sweep.trials is None:
-        raise ConfigurationError(f"search = {sweep.search!r} needs the number of trials, for example trials=20.")
-    for key in sweep.overrides:
-        _check_field(f"overrides.{key}", key)
+    require(
+        len(set(names)) == len(names) and "" not in names and COMPARISON not in names,
+        f"variants are named {names}: every one needs a name of its own, which is not {COMPARISON!r}.",
+    )
+    require(
+        sweep.search != "grid" or sweep.trials is None,
+        f"trials = {sweep.trials} with search = 'grid', which tries every point: leave it out.",
+    )
+    require(
+        sweep.search == "grid" or sweep.trials is not None,
+        f"search = {sweep.search!r} needs the number of trials, for example trials=20.",
+    )
     for variant in sweep.every_variant():
-        for key in (*variant.settings, *variant.space):
-            _check_field(f"the field {key}", key)
-        twice = sorted(variant.settings.keys() & variant.space.keys())
-        if twice:
-            raise ConfigurationError(f"variant {variant.name!r} both sets and searches {', '.join(twice)}: do one.")
-        for key, dimension in variant.space.items():
-            if sweep.search == "grid" and listed(dimension) is None:
-                raise ConfigurationError(f"{key}: a grid needs the number of points (or a step) of this range.")
+        _check_variant(sweep, variant)
+    if sweep.compare is not None:
+        _check_comparison(sweep, sweep.compare)
+
+
+def _check_variant(sweep: Sweep, variant: Variant) -> None:
+    given = [*variant.settings, *(field for key in variant.space for field in fields(key))]
+    for key in given:
+        _check_field(f"the field {key}", key)
+    twice = sorted({key for key in given if given.count(key) > 1})
+    require(not twice, f"variant {variant.name!r} both sets and searches {', '.join(twice)}, or does so twice: do one.")
+    for key, dimension in variant.space.items():
+        require(
+            sweep.search != "grid" or listed(dimension) is not None,
+            f"{key}: a grid needs the number of points (or a step) of this range.",
+        )
+    if variant.like is None:
+        return
+    others = [one.name for one in sweep.variants if one.like is None]
+    if variant.like not in others:
+        raise unknown_name("variant (like)", variant.like, others)
+    require(
+        not variant.space and sweep.compare is not None,
+        f"variant {variant.name!r} is like {variant.like!r}, so it has no space of its own, and needs `compare`.",
+    )
+
+
+def _check_comparison(sweep: Sweep, compare: Comparison) -> None:
+    names = [variant.name for variant in sweep.variants]
+    require(len(names) > 1, "compare needs two or more variants: give each method one.")
+    if compare.baseline is not None and compare.baseline not in names:
+        raise unknown_name("variant (compare.baseline)", compare.baseline, names)
+    tried = {one.name: settings_of(sweep, one) for one in sweep.every_variant() if is_tuned(sweep, one)}
+    shared = sorted({*compare.seeds} & {*sweep.seeds}) if tried else []
+    require(
+        not shared,
+        f"compare.seeds = {list(compare.seeds)}: {', '.join(map(str, shared))} already chooses the settings (seeds = "
+        f"{list(sweep.seeds)}): compare on others.",
+    )
+    require(
+        len(set(tried.values())) <= 1,
+        "compare needs as many settings for each variant that has a choice, or it favours one; here "
+        f"{', '.join(f'{name} has {count}' for name, count in tried.items())}.",
+    )
+
+
+def is_tuned(sweep: Sweep, variant: Variant) -> bool:
+    """Whether the search chooses among several settings of a variant."""
+    return variant.like is None and settings_of(sweep, variant) > 1
+
+
+def settings_of(sweep: Sweep, variant: Variant) -> int:
+    """How many settings of a variant the search tries."""
+    if sweep.search == "grid" or not variant.space:
+        return math.prod(len(listed(dimension) or ()) for dimension in variant.space.values())
+    return sweep.trials or 0
 
 
 def _check_field(what: str, key: str) -> None:
     if key in _TAKEN:
         raise ConfigurationError(f"{what} cannot be set by a sweep: {_TAKEN[key]}.")
-
-
-def _plain_space(space: dict[str, Dimension]) -> dict[str, Any]:
-    return {
-        key: list(dimension.choices) if isinstance(dimension, Choices) else _plain_range(dimension)
-        for key, dimension in space.items()
-    }
-
-
-def _plain_range(interval: Range) -> dict[str, Any]:
-    values = dataclasses.asdict(interval)
-    return {name: value for name, value in values.items() if value is not None and value is not False}

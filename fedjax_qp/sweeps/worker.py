@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optuna
+from optuna.pruners import BasePruner, MedianPruner, SuccessiveHalvingPruner
 from rich.console import Console
 
 from fedjax_qp import config as configuration
-from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.run import run_all
-from fedjax_qp.sweeps.space import EarlyStopping, Rank
-from fedjax_qp.sweeps.stopping import Curves, Judge, Peer
-from fedjax_qp.sweeps.trials import COMPLETE, Ending, read_attempt, read_ending, read_stopped, run_locks, write_ending
+from fedjax_qp.runs.folder import read_ended
+from fedjax_qp.runs.together import run_together
+from fedjax_qp.sweeps.space import COMPARISON, EarlyStopping
+from fedjax_qp.sweeps.trials import Phase, Trial, curve, open_storage, read_attempt, read_history, run_locks, trial_id
 
 _WAIT = 0.5  # seconds between two looks at a lock that another worker holds
 
@@ -22,13 +23,18 @@ _WAIT = 0.5  # seconds between two looks at a lock that another worker holds
 class Assignment(NamedTuple):
     """One run of a task."""
 
-    trial: str
+    trial: Trial
+    phase: Phase
     seed: int
     config: dict[str, Any]  # resolved, as plain dicts
 
     @property
     def name(self) -> str:
-        return f"{self.trial}-seed{self.seed}"
+        return f"{self.trial.name}-seed{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.phase.folder / self.name
 
 
 class Task(NamedTuple):
@@ -38,14 +44,11 @@ class Task(NamedTuple):
     folder: str  # of the sweep, absolute
     attempt: str
     runs: tuple[Assignment, ...]
-    rank: Rank
     rule: EarlyStopping | None
-    peers: tuple[Peer, ...]  # every trial of the sweep so far
-    seeds: tuple[int, ...]
 
 
 def execute(task: Task) -> None:
-    """Runs what is left of a task and marks each run that ends; what a run says goes to `logs/`.
+    """Runs what is left of a task; what a run says goes to `logs/`.
 
     Does nothing for runs that have ended, and continues those that have a checkpoint: so a task may be executed again after
     its worker died, and even while a worker that was given up for dead still holds its locks.
@@ -55,10 +58,17 @@ def execute(task: Task) -> None:
     with (folder / "logs" / f"{task.key}.log").open("a", encoding="utf-8", buffering=1) as log:
         console = Console(file=log, width=120)
         console.print(f"process {os.getpid()} on {socket.gethostname()}: {', '.join(run.name for run in task.runs)}")
-        names = [run.name for run in task.runs]
+        names = [f"{run.phase.folder.name}-{run.name}" for run in task.runs]
         with run_locks(folder, names, lambda: _left_behind(task), lambda: time.sleep(_WAIT)) as held:
-            if held and not _left_behind(task):
-                _run(task, console)
+            if not held or _left_behind(task) or all(read_ended(run.folder) for run in task.runs):
+                return
+            judge = Judge(task)
+            run_together(
+                [configuration.from_dict(run.config) for run in task.runs],
+                console,
+                stop=judge.verdict,
+                beside=sorted(task.runs[0].phase.folder.glob("*/")),
+            )
 
 
 def split(task: Task) -> tuple[Task, Task] | None:
@@ -72,65 +82,50 @@ def split(task: Task) -> tuple[Task, Task] | None:
     return task._replace(key=f"{task.key}a", runs=first), task._replace(key=f"{task.key}b", runs=second)
 
 
-def unfinished(folder: Path, runs: Sequence[Assignment]) -> list[Assignment]:
-    """The runs that have not ended; failed ones are tried again."""
-    endings = [read_ending(folder / "runs" / run.name) for run in runs]
-    return [run for run, end in zip(runs, endings, strict=True) if end is None or end.status == "failed"]
+class Judge:
+    """Reports the values of a task's trials to Optuna, round by round, and decides whether their runs go on."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._storage = open_storage(Path(task.folder))
+        self._histories: dict[Path, Sequence[dict]] = {}
+
+    def verdict(self, place: int, history: Sequence[dict]) -> str | None:
+        """The reason for which a run ends after its last record, or None.
+
+        A trial is judged once all of its seeds have come to a round, and stops with all of them: a mean over fewer could not
+        be compared with anything.
+        """
+        if _left_behind(self._task):
+            return "interrupted"
+        run = self._task.runs[place]
+        self._histories[run.folder] = history
+        identifier = trial_id(self._storage, run.trial)
+        rule, round = self._task.rule, history[-1]["round"]
+        if self._report(run, identifier) and rule is not None and run.trial.study != COMPARISON:
+            study = optuna.load_study(study_name=run.trial.study, storage=self._storage)
+            if pruner(rule).prune(study, self._storage.get_trial(identifier)):
+                reason = f"given up by the {rule.pruner} pruner in round {round}"
+                self._storage.set_trial_user_attr(identifier, "stopped", [round, reason])
+        stopped = self._storage.get_trial(identifier).user_attrs.get("stopped")
+        # Rounds before that may be computed again after a kill; it ends where it did.
+        return stopped[1] if stopped is not None and round >= stopped[0] else None
+
+    def _report(self, run: Assignment, identifier: int) -> bool:
+        """Whether there is a round that all seeds have come to and that had not been reported."""
+        histories = [self._histories.get(folder) or read_history(folder) for folder in run.phase.run_folders(run.trial)]
+        told = self._storage.get_trial(identifier).intermediate_values
+        new = {round: value for round, value in curve(histories, run.phase.rank).items() if round not in told}
+        for round, value in new.items():
+            self._storage.set_trial_intermediate_value(identifier, round, value)
+        return bool(new)
 
 
-def mark_failed(task: Task, reason: str) -> None:
-    """Ends the runs of a task that cannot be executed."""
-    folder = Path(task.folder)
-    for run in unfinished(folder, task.runs):
-        write_ending(folder / "runs" / run.name, Ending("failed", reason, 0))
-
-
-def _run(task: Task, console: Console) -> None:
-    folder = Path(task.folder)
-    if len(task.runs) == 1:  # one of several has its place in their program to the end, see `runs.programs`
-        _end_given_up(folder, task.runs[0])
-    runs = unfinished(folder, task.runs)
-    if not runs:
-        return
-    judge = Judge(folder, task.attempt, task.rank, task.rule, task.peers, task.seeds, {run.trial for run in task.runs})
-    try:
-        outcomes = run_all(
-            [configuration.from_dict(run.config) for run in task.runs],
-            console,
-            stop=lambda index, history: judge.verdict(task.runs[index].trial, task.runs[index].seed, history),
-            beside=sorted((folder / "runs").glob("*/")),
-        )
-    except ConfigurationError as error:  # another try would end in the same way
-        if len(task.runs) > 1:
-            raise
-        write_ending(folder / "runs" / runs[0].name, Ending("failed", str(error), 0))
-        return
-    for run, outcome in zip(task.runs, outcomes, strict=True):
-        ending = _ending(folder, run, outcome.reason, outcome.rounds)
-        if ending is not None and run in runs:
-            write_ending(folder / "runs" / run.name, ending)
-
-
-def _end_given_up(folder: Path, run: Assignment) -> None:
-    """Ends a run of a trial that was given up before its worker died, so that it does not go on for another chunk."""
-    if unfinished(folder, [run]) and read_stopped(folder, run.trial) is not None:
-        rounds = Curves("").rounds(folder / "runs" / run.name)
-        write_ending(folder / "runs" / run.name, _stopped(folder, run, rounds))
-
-
-def _ending(folder: Path, run: Assignment, reason: str, rounds: int) -> Ending | None:
-    if reason == "interrupted":
-        return None
-    if reason in COMPLETE:
-        return Ending("complete", reason, rounds)
-    if reason == "diverged":
-        return Ending("diverged", reason, rounds)
-    return _stopped(folder, run, rounds)
-
-
-def _stopped(folder: Path, run: Assignment, rounds: int) -> Ending:
-    reason, _ = read_stopped(folder, run.trial) or ("given up", 0)
-    return Ending("stopped", reason, rounds)
+def pruner(rule: EarlyStopping) -> BasePruner:
+    """Optuna's pruner of a rule."""
+    if rule.pruner == "halving":
+        return SuccessiveHalvingPruner(min_resource=rule.after)
+    return MedianPruner(rule.least_trials, n_warmup_steps=rule.after, n_min_trials=rule.least_trials)
 
 
 def _left_behind(task: Task) -> bool:

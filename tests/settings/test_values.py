@@ -15,7 +15,7 @@ from fedjax_qp.sweeps import space
 
 NO_NUMBERS = (math.nan, math.inf, -math.inf, True, False, 10**400, -(10**400), "nan", "-inf", [], {}, "ten")
 GROUPS = (config.Config, *config.groups().values(), config.Wandb, config.Mlflow)
-OF_SWEEPS = (space.Sweep, space.Variant, space.Rank, space.EarlyStopping, space.Range)
+OF_SWEEPS = (space.Sweep, space.Variant, space.Rank, space.EarlyStopping, space.Range, space.Comparison)
 SETTINGS = [(cls, field.name, field.type) for cls in (*GROUPS, *OF_SWEEPS) for field in dataclasses.fields(cls)]
 OPTIONS = [
     (registry, name, option, parameter.annotation)

@@ -6,11 +6,9 @@ from typing import Any
 
 import yaml
 
-from fedjax_qp.runs.folder import RunFolder
-from fedjax_qp.sweeps import space
-from fedjax_qp.sweeps.run import planned
-from fedjax_qp.sweeps.space import Sweep, base_values
-from fedjax_qp.sweeps.trials import Ending, Store, Trial, write_ending
+from fedjax_qp.sweeps import search, space
+from fedjax_qp.sweeps.space import Sweep
+from fedjax_qp.sweeps.trials import Store, Trial, trial_of
 from support.runs import SMALL
 
 BASE = {**SMALL, "algorithm": "fedavg", "rounds": 4}
@@ -31,25 +29,43 @@ def sweep_of(folder: Path, base: dict[str, Any] | None = None, **settings: Any) 
     return space.load(write_sweep(folder, base, **settings))
 
 
+def points_of(sweep: Sweep) -> list[search.Point]:
+    """All points that are known beforehand, in the order of the values in the file."""
+    return [point for points in search.planned(sweep).values() for point in points]
+
+
 OPENED: list[Store] = []  # closed after each test, see conftest
 
 
 def opened(sweep: Sweep) -> Store:
     """The sweep's folder with the trials that are known beforehand."""
-    base = base_values(sweep)
-    store = Store(sweep, base)
+    plan = search.planned(sweep)
+    store = Store(sweep)
     OPENED.append(store)
-    store.add(planned(sweep, base))
+    for variant, points in plan.items():
+        store.add(store.study_name(variant), variant, points)
+    store.settle()
     return store
 
 
-def record_run(store: Store, trial: Trial, seed: int, accuracies: list[float], status: str | None = "complete") -> Path:
-    """A run folder with an evaluation in every round; `status` None: it has not ended."""
-    folder = store.run_folder(trial, seed)
+def trials_of(store: Store) -> list[Trial]:
+    """All trials, study by study."""
+    return [trial_of(study.study_name, frozen) for study in store.studies() for frozen in study.trials]
+
+
+def trial_with(store: Store, *values: Any) -> Trial:
+    """The trial whose settings hold these values."""
+    [found] = [trial for trial in trials_of(store) if all(value in trial.settings.values() for value in values)]
+    return found
+
+
+def record_run(store: Store, trial: Trial, seed: int, accuracies: list[float], reason: str | None = "finished") -> Path:
+    """A run folder with an evaluation in every round; `reason` None: it has not ended."""
+    folder = store.phase(trial.study).folder / f"{trial.name}-seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     lines = [{"round": n, "train_loss": 1.0, "test_accuracy": value} for n, value in enumerate(accuracies, 1)]
-    RunFolder(folder).records_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if status is not None:
-        reason = "finished" if status == "complete" else f"it {status}"
-        write_ending(folder, Ending(status, reason, len(accuracies)))
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if reason is not None:
+        (folder / "ended.json").write_text(json.dumps({"reason": reason, "round": len(lines)}))
+        (folder / "checkpoints" / str(len(lines))).mkdir(parents=True, exist_ok=True)
     return folder

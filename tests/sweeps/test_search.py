@@ -1,16 +1,17 @@
-"""Random points and Optuna's proposals: within the space, different, and the same every time."""
+"""Optuna's proposals: within the space, different, and the same every time."""
 
 import dataclasses
 import math
 
+import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.sweeps import sweep_of
+from optuna.trial import TrialState, create_trial
+from support.sweeps import points_of, sweep_of
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.sweeps.search import Told, check_space, identity, proposals, random
-from fedjax_qp.sweeps.space import base_values
+from fedjax_qp.sweeps.search import identity, planned, proposals, searched_variants
 
 MIXED = {
     "local.learning_rate": {"low": 0.001, "high": 1.0, "log": True},
@@ -20,8 +21,7 @@ MIXED = {
 }
 
 
-def inside(point) -> bool:
-    values = point.settings
+def inside(values) -> bool:
     return (
         0.001 <= values["local.learning_rate"] <= 1
         and 0 <= values["local.momentum"] <= 0.9
@@ -36,77 +36,118 @@ def test_more_random_trials_only_add(tmp_path_factory, seed, trials, more):
     folder = tmp_path_factory.mktemp("sweep")
     few = sweep_of(folder, search="random", trials=trials, search_seed=seed, space=MIXED)
     many = sweep_of(folder, search="random", trials=trials + more, search_seed=seed, space=MIXED)
-    base = base_values(few)
-    assert random(many, base)[:trials] == random(few, base)
-    assert all(inside(point) for point in random(few, base))
+    assert len(points_of(few)) == trials and points_of(many)[:trials] == points_of(few)
+    assert all(inside(point.settings) for point in points_of(few))
 
 
 def test_a_small_space_is_used_up(tmp_path):
     sweep = sweep_of(tmp_path, search="random", trials=50, space={"local.epochs": [1, 2, 3]})
-    found = [point.settings["local.epochs"] for point in random(sweep, base_values(sweep))]
-    assert sorted(found) == [1, 2, 3]
+    assert sorted(point.settings["local.epochs"] for point in points_of(sweep)) == [1, 2, 3]
 
 
-def play(sweep, goodness, rounds=4):
-    """Optuna's search with known results."""
-    base, told = base_values(sweep), []
-    while points := proposals(sweep, base, told):
-        told += [Told(point, goodness(point), True, rounds) for point in points]
-    return told
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_fields_that_go_together_are_one_dimension(tmp_path, search):
+    pairs = [[1, 0.0], [2, 0.25]]
+    sweep = sweep_of(
+        tmp_path,
+        search=search,
+        trials=None if search == "grid" else 20,
+        overrides={"algorithm": "fedqp"},
+        space={"algorithm.alpha, algorithm.margin": pairs, "local.epochs": [1, 2]},
+    )
+    found = [tuple(point.settings.values()) for point in points_of(sweep)]
+    assert sorted(found) == [(1, 0, 1), (1, 0, 2), (2, 0.25, 1), (2, 0.25, 2)]
+    assert points_of(sweep)[0].settings.keys() == {"algorithm.alpha", "algorithm.margin", "local.epochs"}
 
 
-def near(point) -> float:
+def told(point, value: float | None, state: TrialState = TrialState.COMPLETE):
+    """A trial as a study knows it."""
+    return create_trial(
+        state=state,
+        value=value,
+        params=dict(point.params),
+        distributions=dict(point.distributions),
+        user_attrs={"settings": point.settings},
+    )
+
+
+def play(sweep, goodness):
+    """The search of the first variant with known results; returns the settings in their order."""
+    variant, trials = searched_variants(sweep)[0], []
+    while points := proposals(sweep, variant, trials)[
+        len(trials) % sweep.batch :
+    ]:  # without those of the present batch
+        trials += [told(point, goodness(point.settings)) for point in points]
+    return [trial.user_attrs["settings"] for trial in trials]
+
+
+def near(values) -> float:
     """Best at a learning rate of 0.05."""
-    return -abs(math.log(point.settings["local.learning_rate"] / 0.05))
+    return -abs(math.log(values["local.learning_rate"] / 0.05))
 
 
-def test_optuna_repeats_itself_stays_inside_and_stops_at_the_number_of_trials(tmp_path):
-    sweep = sweep_of(tmp_path, search="optuna", trials=11, batch=4, space=MIXED)
-    told = play(sweep, near)
-    assert told == play(sweep, near)
-    assert len(told) == 11 == len({identity(one.point) for one in told})
-    assert all(inside(one.point) for one in told)
+def test_tpe_repeats_itself_stays_inside_and_stops_at_the_number_of_trials(tmp_path):
+    sweep = sweep_of(tmp_path, search="tpe", trials=11, batch=4, space=MIXED)
+    tried = play(sweep, near)
+    assert tried == play(sweep, near)
+    assert len(tried) == 11 == len({identity(one) for one in tried})
+    assert all(inside(one) for one in tried)
 
 
-@pytest.mark.parametrize("method", ["random", "optuna"])
+def test_a_batch_that_a_kill_cut_off_is_proposed_again(tmp_path):
+    sweep = sweep_of(tmp_path, search="tpe", trials=12, batch=4, space=MIXED)
+    variant = searched_variants(sweep)[0]
+    first = proposals(sweep, variant, [])
+    ended = [told(point, near(point.settings)) for point in first]
+    second = proposals(sweep, variant, ended)
+    running = [told(point, None, TrialState.RUNNING) for point in second]
+    for cut in range(4):
+        assert proposals(sweep, variant, [*ended, *running[:cut]]) == second
+    assert proposals(sweep, variant, [*ended, *running]) == []  # they are to run first
+
+
+@pytest.mark.parametrize("method", ["random", "tpe"])
 def test_the_order_of_fields_means_nothing(tmp_path, method):
-    sweep = sweep_of(tmp_path, search=method, trials=14, batch=7, space=MIXED)  # with Optuna, it learns from ten on
+    sweep = sweep_of(tmp_path, search=method, trials=14, batch=7, space=MIXED)  # it learns from ten on
     other = dataclasses.replace(sweep, space=dict(reversed(sweep.space.items())))
-    base = base_values(sweep)
-    if method == "random":
-        assert random(sweep, base) == random(other, base)
-        assert list(random(other, base)[0].settings) == list(other.space)
-    else:
-        assert play(sweep, near) == play(other, near)
+    tried = [
+        play(one, near) if method == "tpe" else [point.settings for point in points_of(one)] for one in (sweep, other)
+    ]
+    assert tried[0] == tried[1] and len(tried[0]) == 14
+    assert list(tried[1][0]) == list(other.space)
 
 
 @pytest.mark.parametrize("direction", ["max", "min"])
-def test_optuna_learns_from_what_it_is_told(tmp_path, direction):
+def test_tpe_learns_from_what_it_is_told(tmp_path, direction):
     space = {"local.learning_rate": {"low": 1e-5, "high": 1.0, "log": True}}
-    sweep = sweep_of(tmp_path, search="optuna", trials=48, space=space, rank={"direction": direction})
+    sweep = sweep_of(tmp_path, search="tpe", trials=48, space=space, rank={"direction": direction})
     sign = 1 if direction == "max" else -1
-    distances = [abs(near(one.point)) for one in play(sweep, lambda point: sign * near(point))]
+    distances = [abs(near(values)) for values in play(sweep, lambda values: sign * near(values))]
     assert sum(distances[-16:]) < 0.5 * sum(distances[:16])
 
 
 def test_trials_without_a_value_are_told_too(tmp_path):
-    sweep = sweep_of(tmp_path, search="optuna", trials=6, batch=3, space=MIXED)
-    base = base_values(sweep)
-    first = proposals(sweep, base, [])
-    told = [Told(first[0], None, False, 1), Told(first[1], 0.5, False, 2), Told(first[2], 0.7, True, 4)]
-    assert len(proposals(sweep, base, told)) == 3
+    sweep = sweep_of(tmp_path, search="tpe", trials=6, batch=3, space=MIXED)
+    variant = searched_variants(sweep)[0]
+    first = proposals(sweep, variant, [])
+    ends = [(None, TrialState.FAIL), (None, TrialState.PRUNED), (0.7, TrialState.COMPLETE)]
+    trials = [told(point, *end) for point, end in zip(first, ends, strict=True)]
+    assert len(proposals(sweep, variant, trials)) == 3
 
 
-def test_each_variant_has_its_own_number_of_trials(tmp_path):
-    variants = [{"name": "a"}, {"name": "b", "settings": {"algorithm": "fedmut"}}]
-    sweep = sweep_of(
-        tmp_path, search="optuna", trials=3, batch=2, variants=variants, space={"local.epochs": [1, 2, 3, 4]}
-    )
-    told = play(sweep, lambda point: 0.0)
-    assert [sum(one.point.variant == name for one in told) for name in "ab"] == [3, 3]
-
-
-def test_the_ends_of_what_optuna_may_propose_are_checked(tmp_path):
-    sweep = sweep_of(tmp_path, search="optuna", trials=3, space={**MIXED, "local.momentum": {"low": 0.0, "high": 1.5}})
+def test_the_ends_of_what_tpe_may_propose_are_checked(tmp_path):
+    sweep = sweep_of(tmp_path, search="tpe", trials=3, space={**MIXED, "local.momentum": {"low": 0.0, "high": 1.5}})
     with pytest.raises(ConfigurationError, match=r"local.momentum = 1.5.*less than 1"):
-        check_space(sweep, base_values(sweep))
+        planned(sweep)
+
+
+def test_optuna_knows_the_values_of_a_grid(tmp_path):
+    """What is no number or text for Optuna is written as JSON."""
+    space = {"partition": ["natural", {"name": "iid", "clients": 5}], "local.learning_rate": [0.1, 0.2]}
+    points = points_of(sweep_of(tmp_path, space=space))
+    assert {(point.params["local.learning_rate"], point.params["partition"]) for point in points} == {
+        (rate, name) for rate in (0.1, 0.2) for name in ("natural", '{"clients": 5, "name": "iid"}')
+    }
+    study = optuna.create_study()
+    study.add_trials([told(point, 1.0) for point in points])
+    assert len(study.trials) == 4

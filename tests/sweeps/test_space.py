@@ -5,19 +5,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.sweeps import sweep_of, write_sweep
+from support.sweeps import points_of, sweep_of, write_sweep
 
 from fedjax_qp import config
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.sweeps import search, space
-from fedjax_qp.sweeps.run import planned
-from fedjax_qp.sweeps.space import Choices, Range, base_values, from_dict, listed, to_dict
+from fedjax_qp.sweeps.space import Range, listed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def points_of(sweep):
-    return {"grid": search.grid, "random": search.random}[sweep.search](sweep, base_values(sweep))
 
 
 def test_a_grid_is_every_point_of_every_variant(tmp_path):
@@ -30,9 +25,9 @@ def test_a_grid_is_every_point_of_every_variant(tmp_path):
         ],
     )
     points = points_of(sweep)
-    assert [point.variant for point in points] == ["plain"] * 2 + ["mutated"] * 6
+    assert ["algorithm" in point.settings for point in points] == [False] * 2 + [True] * 6
     assert [point.settings["algorithm.alpha"] for point in points[2:]] == [1, 2, 4] * 2  # its own field varies fastest
-    config = search.configure(base_values(sweep), points[-1].settings, name="x", folder="y", seed=7)
+    config = search.configure(sweep.base, points[-1].settings, name="x", folder="y", seed=7)
     assert (config.algorithm.name, config.algorithm.options["alpha"]) == ("fedmut", 4)
     assert (config.local.learning_rate, config.seed, config.name, config.folder) == (0.2, 7, "x", "y")
 
@@ -43,30 +38,17 @@ def test_the_same_value_in_two_spellings_is_one_trial(tmp_path):
 
 
 def test_options_stay_when_the_part_is_named_after_them(tmp_path):
-    sweep = sweep_of(tmp_path, overrides=["algorithm.alpha=3", "algorithm=fedmut"])
-    assert base_values(sweep)["algorithm"] == {"name": "fedmut", "alpha": 3}
+    sweep = sweep_of(tmp_path, overrides={"algorithm.alpha": 3, "algorithm": "fedmut"})
+    assert sweep.base["algorithm"] == {"name": "fedmut", "alpha": 3}
 
 
 def test_overrides_reach_the_sweep_or_its_base(tmp_path):
     file = write_sweep(tmp_path, search="random", trials=3, overrides={"rounds": 9})
     overrides = ["trials=5", "rank.last=2", "local.epochs=3", "space.algorithm.weighting=[size, uniform]"]
     sweep = space.load(file, overrides)
-    assert (sweep.trials, sweep.rank.last, base_values(sweep)["rounds"]) == (5, 2, 9)
-    assert sweep.overrides == {"rounds": 9, "local.epochs": 3}
-    assert sweep.space == {"algorithm.weighting": Choices(("size", "uniform"))}
-
-
-def test_round_trip(tmp_path):
-    sweep = sweep_of(
-        tmp_path,
-        space={
-            "rounds": {"low": 1, "high": 9, "step": 2},
-            "participation.dropout": {"low": 0, "high": 0.5, "points": 3},
-        },
-        variants=[{"name": "a", "space": {"local.learning_rate": {"low": 0.1, "high": 1, "log": True, "points": 3}}}],
-        early_stopping={"after": 2},
-    )
-    assert from_dict(to_dict(sweep)) == sweep
+    assert (sweep.trials, sweep.rank.last, sweep.base["rounds"]) == (5, 2, 9)
+    assert sweep.base["local"]["epochs"] == 3
+    assert sweep.space == {"algorithm.weighting": ("size", "uniform")}
 
 
 @pytest.mark.parametrize(
@@ -98,14 +80,8 @@ def test_round_trip(tmp_path):
         ({"seeds": [True]}, "seeds.0 = True must be a number"),
         ({"workers": 10**9}, "workers = 1000000000 must be less than"),
         ({"search": "random", "trials": 10**9}, "trials = 1000000000 must be less than or equal to 10000"),
-        ({"overrides": ["rounds=1", "rounds=2"]}, "rounds is given twice, as 1 and 2"),
         ({"overrides": 5}, "overrides = 5 must be a mapping"),
         ({"space": {"rounds": {"low": 1, "high": 9, "points": 10**9}}}, "points = 1000000000 must be less than"),
-        (
-            {"space": {"local.momentum": {"low": 0.1, "high": 1e6, "step": 1e-6}}},
-            "makes 99999[0-9]* values from 0.1 to",
-        ),
-        ({"space": {"local.momentum": {"low": -3e38, "high": 3e38, "step": 1}}}, "makes [0-9]* values"),
         ({"space": {"local.momentum": {"low": 0, "high": float("inf")}}}, "high = inf"),
         ({"space": {"local.momentum": {"low": False, "high": True}}}, "low = False must be a number"),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "a name of its own"),
@@ -155,7 +131,7 @@ def test_an_unknown_key_on_the_command_line_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("sweep_*.yaml")), ids=lambda file: file.stem)
 def test_every_sweep_file_is_valid_and_opens_with_its_command(file):
     sweep = space.load(file)
-    assert planned(sweep, base_values(sweep)) or sweep.search == "optuna"
+    assert points_of(sweep)
     head = file.read_text().split("\nname:")[0]
     assert f"fedjax-qp sweep configs/{file.name}" in head
     assert "# Time: " in head and "# Expect: " in head
@@ -170,22 +146,14 @@ def test_points_of_a_range_are_even_and_include_its_ends(low, ratio, log, points
     assert gaps == pytest.approx([gaps[0]] * len(gaps), rel=1e-3)
 
 
-@given(st.integers(-50, 50), st.integers(1, 60), st.integers(1, 7))
-def test_steps_of_whole_numbers(low, span, step):
-    if step <= span:
-        assert listed(Range(low, low + span, step=step)) == list(range(low, low + span + 1, step))
-
-
 @pytest.mark.parametrize(
     ("field", "interval", "values"),
     [
         ("algorithm.proximal", {"low": 0, "high": 1, "points": 5}, [0, 0.25, 0.5, 0.75, 1]),
         ("algorithm.proximal", {"low": 0, "high": 1.0, "points": 3}, [0, 0.5, 1]),
         ("algorithm.proximal", {"low": 1, "high": 100, "log": True, "points": 3}, [1, 10, 100]),
-        ("algorithm.proximal", {"low": 0, "high": 4, "step": 2}, [0, 2, 4]),
         ("local.clip_norm", {"low": 1, "high": 2, "points": 3}, [1, 1.5, 2]),  # a float or null
         ("local.epochs", {"low": 1, "high": 4, "points": 4}, [1, 2, 3, 4]),
-        ("local.epochs", {"low": 1.0, "high": 3.0, "step": 1}, [1, 2, 3]),
         ("partition.clients", {"low": 10, "high": 1000, "log": True, "points": 3}, [10, 100, 1000]),
         ("engine.lanes", {"low": 1, "high": 4, "points": 2}, [1, 4]),  # a whole number or auto
     ],
@@ -228,7 +196,6 @@ def test_random_draws_between_whole_ends_are_floats_for_a_float_field(tmp_path):
     [
         ({"low": 1, "high": 3, "points": 5}, "points = 5 from 1 to 3 are only 3 different whole numbers: choose points = 3"),
         ({"low": 0.5, "high": 3, "points": 2}, "low = 0.5 must be a whole number, as local.epochs is one"),
-        ({"low": 1, "high": 3, "step": 0.5}, "step = 0.5 must be a whole number"),
     ],
 )  # fmt: skip
 def test_a_range_that_does_not_suit_whole_numbers_is_refused(tmp_path, interval, message):
@@ -256,7 +223,7 @@ def test_runs_and_sweeps_mean_the_same_by_the_same_overrides(tmp_path):
     file = write_sweep(tmp_path)
     of_run = config.load(tmp_path / "base.yaml", overrides)
     for order in (overrides, overrides[::-1]):
-        assert config.from_dict(base_values(space.load(file, order))) == of_run
+        assert config.from_dict(space.load(file, order).base) == of_run
     with pytest.raises(ConfigurationError, match="given twice"):
         space.load(file, ["rounds=1", "overrides.rounds=2"])
 
@@ -265,17 +232,17 @@ def test_the_command_line_replaces_the_file_s_overrides(tmp_path):
     file = write_sweep(
         tmp_path, overrides={"algorithm": "fedqp", "algorithm.form": "box", "rounds": 9, "local.epochs": 4}
     )
-    sweep = space.load(file, ["algorithm=fedavg", "rounds=3", "local={momentum: 0}"])
-    assert sweep.overrides == {"algorithm": "fedavg", "rounds": 3, "local": {"momentum": 0}}
-    assert base_values(space.load(file))["algorithm"] == {"name": "fedqp", "form": "box"}
+    base = space.load(file, ["algorithm=fedavg", "rounds=3", "local={momentum: 0}"]).base
+    assert (base["algorithm"], base["rounds"], base["local"]["epochs"]) == ({"name": "fedavg"}, 3, 5)
+    assert space.load(file).base["algorithm"] == {"name": "fedqp", "form": "box"}
 
 
-@pytest.mark.parametrize("overrides", [["algorithm=fedmut"], {"algorithm": "fedmut"}, ["algorithm.name=fedmut"]])
+@pytest.mark.parametrize("overrides", [{"algorithm": "fedmut"}, {"algorithm.name": "fedmut"}])
 def test_the_same_name_keeps_the_options_of_the_base_in_every_form(tmp_path, overrides):
     base = {"algorithm": {"name": "fedmut", "alpha": 2}}
-    assert base_values(sweep_of(tmp_path, base, overrides=overrides))["algorithm"] == base["algorithm"]
+    assert sweep_of(tmp_path, base, overrides=overrides).base["algorithm"] == base["algorithm"]
     by_hand = space.load(write_sweep(tmp_path, base), ["algorithm=fedmut"])
-    assert base_values(by_hand)["algorithm"] == base["algorithm"]
+    assert by_hand.base["algorithm"] == base["algorithm"]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +265,7 @@ def test_the_same_name_keeps_the_options_of_the_base_in_every_form(tmp_path, ove
 )
 def test_the_command_line_wins_over_the_file(tmp_path, of_file, given, part, expected):
     base = {"algorithm": {"name": "fedmut", "alpha": 2}, "local": {"epochs": 1, "momentum": 0.5}}
-    found = base_values(space.load(write_sweep(tmp_path, base, overrides=of_file), [given]))[part]
+    found = space.load(write_sweep(tmp_path, base, overrides=of_file), [given]).base[part]
     names = ("name", "beta0", "alpha") if part == "algorithm" else ("epochs", "momentum")
     assert tuple(found.get(name) for name in names) == expected
 
@@ -310,8 +277,4 @@ def test_paths_of_a_sweep_may_begin_with_the_home_folder(tmp_path, monkeypatch):
         space.load(file, ["folder=''"])
     sweep = space.load(file, ["folder=~/sweeps"])
     assert sweep.sweep_folder == tmp_path / "sweeps" / "small"
-    assert base_values(sweep)["rounds"] == 4
-
-
-def test_steps_without_rounding_errors():
-    assert listed(Range(0.1, 0.5, step=0.1)) == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert sweep.base["rounds"] == 4

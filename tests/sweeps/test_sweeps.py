@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -11,17 +12,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import optuna
 import pandas as pd
 import pytest
 from rich.console import Console
-from support.sweeps import opened, record_run, sweep_of, write_sweep
+from support.sweeps import opened, sweep_of, write_sweep
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs import records
+from fedjax_qp.runs.folder import read_ended
 from fedjax_qp.sweeps import run as running
 from fedjax_qp.sweeps import schedule
 from fedjax_qp.sweeps.run import run_sweep
-from fedjax_qp.sweeps.trials import read_ending, stop_trial
+from fedjax_qp.sweeps.trials import open_storage
 from fedjax_qp.sweeps.worker import Task, execute
 
 PATIENCE = 500  # seconds: the machine may be slow, a hanging test must still end
@@ -32,13 +35,13 @@ def here(monkeypatch) -> list[Task]:
     """Executes tasks in this process, without Dask; returns those that were executed."""
     executed: list[Task] = []
 
-    def run_tasks(client, tasks, retries, watch) -> None:
+    def run_tasks(client, tasks, retries, watch, failed) -> None:
         for task in tasks:
             executed.append(task)
             execute(task)
             watch()
 
-    monkeypatch.setattr(running, "connect", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(running, "connect", lambda *_: contextlib.nullcontext(True))
     monkeypatch.setattr(running, "workers_of", lambda client: 1)
     monkeypatch.setattr(running, "run_tasks", run_tasks)
     return executed
@@ -58,32 +61,31 @@ def started_after(run_folder: Path) -> set[str]:
 
 
 def stamps(run_folder: Path) -> dict[str, int]:
-    return {name: (run_folder / name).stat().st_mtime_ns for name in ("records.jsonl", "outcome.json", "config.yaml")}
+    return {name: (run_folder / name).stat().st_mtime_ns for name in ("records.jsonl", "ended.json", "config.yaml")}
 
 
 def test_a_sweep_and_what_is_added_to_it(here, tmp_path):
     space = {"local.learning_rate": [0.02, 0.1]}
     first = run_sweep(sweep_of(tmp_path, space=space, seeds=[0, 1], rank={"last": 2}), quiet())
     assert [len(task.runs) for task in here] == [4]  # one program for all
-    assert all(row.status == "complete" and row.rounds == (4, 4) for row in first.rows)
+    assert first.trials["status"].tolist() == ["complete"] * 2 and first.trials["rounds"].tolist() == [4, 4]
     before = {folder.name: stamps(folder) for folder in (first.folder / "runs").iterdir()}
     grown = sweep_of(tmp_path, space={"local.learning_rate": [0.02, 0.1, 1e-6]}, seeds=[0, 1], rank={"last": 2})
     second = run_sweep(grown, quiet())
-    assert [run.name for run in here[-1].runs] == ["trial002-seed0", "trial002-seed1"] and len(here) == 2
+    assert [run.name for run in here[-1].runs] == ["trial-002-seed0", "trial-002-seed1"] and len(here) == 2
     assert before == {name: stamps(first.folder / "runs" / name) for name in before}
-    assert second.rows[-1].label == "learning_rate=1e-06"  # it does not learn
-    assert {file.name for file in second.folder.iterdir()} >= {
-        "results.parquet",
-        "results.csv",
-        "summary.md",
-        "curves.png",
-    }
-    assert len(pd.read_parquet(second.folder / "results.parquet")) == 3 * 2 * 4
+    assert second.trials["settings"].iloc[-1] == "learning_rate=1e-06"  # it does not learn
+    written = {"results.csv", "summary.csv", "summary.md", "curves.png", "space-small.png"}
+    assert {file.name for file in second.folder.iterdir()} >= written
+    assert len(pd.read_csv(second.folder / "results.csv")) == 3 * 2 * 4
+    study = optuna.load_study(study_name="small", storage=open_storage(second.folder))
+    assert [list(trial.intermediate_values) for trial in study.trials] == [[1, 2, 3, 4]] * 3
+    assert study.best_trial.user_attrs["name"] == second.trials["trial"][0]
     run_sweep(grown, quiet())
     assert len(here) == 2  # nothing was left to do
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # ten rounds of twelve runs
 def test_hopeless_trials_are_stopped_with_all_seeds(here, tmp_path):
     sweep = sweep_of(
         tmp_path,
@@ -94,17 +96,16 @@ def test_hopeless_trials_are_stopped_with_all_seeds(here, tmp_path):
         early_stopping={"after": 4, "least_trials": 2},
         runs_per_task=2,
     )
-    outcome = run_sweep(sweep, quiet())
-    by_number = {row.trial.number: row for row in outcome.rows}
-    assert [by_number[number].status for number in range(3)] == ["complete", "complete", "stopped"]
-    assert all(4 <= done <= 6 for done in by_number[2].rounds)  # judged at the end of a chunk of two rounds
-    assert "is worse than the median" in by_number[2].reasons[0]
+    found = {row["trial"]: row for row in run_sweep(sweep, quiet()).trials.to_dict("records")}
+    assert [found[f"trial-00{number}"]["status"] for number in range(3)] == ["complete", "complete", "stopped"]
+    assert 4 <= found["trial-002"]["rounds"] <= 6  # judged at the end of a chunk of two rounds
+    assert found["trial-002"]["reason"] == "given up by the median pruner in round 4"
     assert [len(task.runs) for task in here] == [2, 2, 2]
 
 
-def test_optuna_goes_on_with_the_results_it_has(here, tmp_path):
+def test_tpe_goes_on_with_the_results_it_has(here, tmp_path):
     settings = {
-        "search": "optuna",
+        "search": "tpe",
         "batch": 2,
         "space": {"local.learning_rate": {"low": 1e-4, "high": 0.5, "log": True}},
         "rank": {"last": 1},
@@ -114,32 +115,130 @@ def test_optuna_goes_on_with_the_results_it_has(here, tmp_path):
     run_sweep(sweep_of(tmp_path / "parts", {"rounds": 2}, trials=2, **settings), quiet())
     parts = run_sweep(sweep_of(tmp_path / "parts", {"rounds": 2}, trials=4, **settings), quiet())
     assert [len(task.runs) for task in here] == [2, 2, 2, 2]
-    tried = [(outcome.folder / "trials.jsonl").read_text() for outcome in (whole, parts)]
-    assert tried[0] == tried[1] and tried[0].count("\n") == 4
+    assert whole.trials.equals(parts.trials) and len(whole.trials) == 4
+
+
+TUNED = {
+    "seeds": [7],
+    "variants": [
+        {"name": "plain", "settings": {"algorithm": "fedavg"}},
+        {"name": "proximal", "settings": {"algorithm": "fedprox"}, "space": {"algorithm.proximal": [10.0, 0.01]}},
+        {
+            "name": "mutated",
+            "settings": {"algorithm": "fedmut"},
+            "space": {"algorithm.alpha, local.epochs": [[1, 1], [4, 1]]},
+        },
+        {"name": "longer", "like": "proximal", "settings": {"local.epochs": 2}},
+    ],
+    "rank": {"last": 2},
+    "compare": {"seeds": [0, 1], "rounds": 3, "last": 2, "baseline": "plain"},
+}
+
+
+def test_settings_are_tuned_on_one_seed_and_compared_on_others(here, tmp_path):
+    outcome = run_sweep(sweep_of(tmp_path, {"rounds": 2}, **TUNED), quiet())
+    tuning, comparing = (
+        [run for task in here for run in task.runs if run.phase.folder.name == name] for name in FOLDERS
+    )
+    assert {(run.trial.variant, run.seed) for run in tuning} == {("proximal", 7), ("mutated", 7)} and len(tuning) == 4
+    trials = {row["trial"]: row for row in outcome.trials.to_dict("records")}
+    names = ["plain"]
+    for variant in ("proximal", "mutated"):
+        names.append(max((f"{variant}-000", f"{variant}-001"), key=lambda name: trials[name]["mean"]))
+    names.append(f"longer-{names[1][-3:]}")  # like the best of `proximal`
+    assert {run.name for run in comparing} == {f"{name}-seed{seed}" for name in names for seed in (0, 1)}
+    of_name = {run.trial.name: run.config for run in comparing}
+    assert all(config["rounds"] == 3 for config in of_name.values())
+    chosen = trials[names[1]]["algorithm.proximal"]
+    assert of_name[names[1]]["algorithm"] == {"name": "fedprox", "weighting": "size", "proximal": chosen}
+    assert of_name[names[3]]["algorithm"]["proximal"] == chosen and of_name[names[3]]["local"]["epochs"] == 2
+
+    rows = {row["method"]: row for row in json.loads((outcome.folder / "comparison.json").read_text())}
+    means = {
+        name: [mean_of_last(outcome.folder / FOLDERS[1] / f"{name}-seed{seed}", 2) for seed in (0, 1)] for name in names
+    }
+    for name in names:
+        assert rows[name]["accuracy"]["mean"] == pytest.approx(statistics.fmean(means[name]))
+    differences = [100 * (ours - theirs) for ours, theirs in zip(means[names[1]], means["plain"], strict=True)]
+    assert rows[names[1]]["difference"]["points"]["mean"] == pytest.approx(statistics.fmean(differences))
+    assert rows[names[1]]["difference"]["points"]["std"] == pytest.approx(statistics.stdev(differences))
+    assert f"{names[1]} is the best of 2 settings" in (outcome.folder / "comparison.md").read_text()
+
+    done = len(here)
+    run_sweep(sweep_of(tmp_path, {"rounds": 2}, **TUNED), quiet())
+    assert len(here) == done  # nothing was left to do
+    elsewhere = sweep_of(
+        tmp_path,
+        {"rounds": 2},
+        name="elsewhere",
+        variants=str(outcome.folder / "tuned.yaml"),
+        compare={"seeds": [7], "rounds": 1},
+    )
+    run_sweep(elsewhere, quiet())
+    assert [(run.trial.name, run.config["rounds"]) for run in here[done].runs][:1] == [("plain", 1)]
+    again = {run.trial.variant: run.config["algorithm"] for task in here[done:] for run in task.runs}
+    assert again["proximal"] == of_name[names[1]]["algorithm"] and len(again) == 4
+
+
+FOLDERS = ("runs", "comparison")
+
+
+def mean_of_last(run_folder: Path, last: int) -> float:
+    return statistics.fmean(line["test_accuracy"] for line in records.read(run_folder)[-last:])
+
+
+def test_an_interrupted_comparison_goes_on_with_the_same_settings_and_bits(here, tmp_path, monkeypatch):
+    settings = {**TUNED, "compare": {"seeds": [0, 1], "rounds": 12}, "variants": TUNED["variants"][:2]}
+    whole = run_sweep(sweep_of(tmp_path / "whole", {"rounds": 2}, **settings), quiet())
+    sweep = sweep_of(tmp_path / "parts", {"rounds": 2}, **settings)
+    run_tasks = running.run_tasks
+
+    def lost(client, tasks, *others) -> None:
+        """The cluster goes in the middle of the comparison's first task."""
+        records_file = tasks[0].runs[0].folder / "records.jsonl"
+        if tasks[0].runs[0].phase.folder.name != "comparison":
+            return run_tasks(client, tasks, *others)
+        attempt = sweep.sweep_folder / "attempt"
+        leaver = threading.Thread(target=lambda: (wait_for(records_file.exists), attempt.write_text("")))
+        leaver.start()
+        execute(tasks[0])
+        leaver.join()
+        raise RuntimeError("the cluster has gone")
+
+    monkeypatch.setattr(running, "run_tasks", lost)
+    with pytest.raises(RuntimeError, match="the cluster has gone"):
+        run_sweep(sweep, quiet())
+    monkeypatch.setattr(running, "run_tasks", run_tasks)
+    parts = run_sweep(sweep, quiet())
+    assert parts.trials.equals(whole.trials)
+    files = sorted((whole.folder / "comparison").glob("*/records.jsonl"))
+    assert len(files) == 4
+    continued = [started_after(sweep.sweep_folder / file.parent.relative_to(whole.folder)) for file in files]
+    assert any(rounds - {"0"} for rounds in continued)  # some of them go on from a checkpoint
+    for file in files:
+        assert file.read_bytes() == (sweep.sweep_folder / file.relative_to(whole.folder)).read_bytes()
+    assert (sweep.sweep_folder / "comparison.md").read_text() == (whole.folder / "comparison.md").read_text()
+
+
+def test_a_variant_whose_settings_all_diverge_takes_no_part(here, tmp_path):
+    wild = {"name": "wild", "space": {"local.learning_rate": [1e30, 1e31]}}
+    settings = {**TUNED, "variants": [{"name": "plain"}, wild], "compare": {"seeds": [0], "baseline": "wild"}}
+    outcome = run_sweep(sweep_of(tmp_path, {"rounds": 2}, **settings), quiet())
+    assert outcome.trials["status"].tolist() == ["diverged"] * 2
+    text = (outcome.folder / "comparison.md").read_text()
+    assert "wild takes no part: no setting of wild came to its end." in text and "| plain | 1 |" in text
 
 
 def test_a_run_that_diverges_ends_alone(here, tmp_path):
     sweep = sweep_of(tmp_path, space={"local.learning_rate": [0.05, 1e30]}, rank={"last": 1})
     outcome = run_sweep(sweep, quiet())
-    assert [(row.status, row.rounds) for row in outcome.rows] == [("complete", (4,)), ("diverged", (0,))]
-    assert run_sweep(sweep, quiet()).rows == outcome.rows and len(here) == 1  # it is not tried again
-
-
-def test_given_up_before_its_worker_died(tmp_path):
-    """A run of a trial that was already given up gets its outcome without another round."""
-    sweep = sweep_of(tmp_path, early_stopping={})
-    store = opened(sweep)
-    folder = record_run(store, store.trials[0], 0, [0.1, 0.1], None)
-    stop_trial(store.folder, "trial000", "hopeless")
-    [task] = running.tasks_of(store, running.assignments(store, running.base_values(sweep), store.trials), 1)
-    execute(task)
-    ending = read_ending(folder)
-    assert ending is not None and (ending.status, ending.reason, ending.rounds) == ("stopped", "hopeless", 2)
+    assert outcome.trials["status"].tolist() == ["complete", "diverged"] and outcome.trials["rounds"].tolist() == [4, 0]
+    assert run_sweep(sweep, quiet()).trials.equals(outcome.trials) and len(here) == 1  # it is not tried again
 
 
 def test_slices_keep_the_seeds_of_a_trial_together(tmp_path):
     store = opened(sweep_of(tmp_path, space={"local.learning_rate": [0.1, 0.2, 0.3]}, seeds=[0, 1]))
-    runs = running.assignments(store, running.base_values(store.sweep), store.trials)
+    runs = running.assignments(store, ["small"])
     sizes = {workers: [len(task.runs) for task in running.tasks_of(store, runs, workers)] for workers in (1, 2, 3, 6)}
     assert sizes == {1: [6], 2: [2, 2, 2], 3: [2, 2, 2], 6: [1] * 6}
 
@@ -180,7 +279,7 @@ def test_no_cluster_at_the_address(tmp_path, monkeypatch):
 
 LONG = {"rounds": 60}
 KILLED = {"space": {"local.learning_rate": [0.02, 0.05]}, "runs_per_task": 1, "workers": 1, "rank": {"last": 1}}
-FIRST, SECOND = "trial000-seed0", "trial001-seed0"
+FIRST, SECOND = "trial-000-seed0", "trial-001-seed0"
 
 
 def wait_for(condition, process: subprocess.Popen | None = None) -> None:
@@ -208,8 +307,9 @@ def assert_nothing_lost(folder: Path, finished_before: dict[str, int]) -> None:
     assert stamps(folder / "runs" / FIRST) == finished_before
     for name in (FIRST, SECOND):
         assert rounds(folder / "runs" / name) == list(range(1, LONG["rounds"] + 1))
-        ending = json.loads((folder / "runs" / name / "outcome.json").read_text())
-        assert ending == {"status": "complete", "reason": "finished", "rounds": LONG["rounds"]}
+        assert read_ended(folder / "runs" / name) == ("finished", LONG["rounds"])
+    study = optuna.load_study(study_name="small", storage=open_storage(folder))
+    assert all(list(trial.intermediate_values) == rounds(folder / "runs" / FIRST) for trial in study.trials)
     assert started_after(folder / "runs" / FIRST) == {"0"}
     [continued] = started_after(folder / "runs" / SECOND) - {"0"}
     assert 2 <= int(continued) < LONG["rounds"]  # from a checkpoint, not from the beginning
@@ -230,7 +330,7 @@ def test_a_killed_worker_loses_nothing(tmp_path):
     killer.start()
     outcome = run_sweep(sweep, quiet())
     killer.join()
-    assert [row.status for row in outcome.rows] == ["complete", "complete"]
+    assert outcome.trials["status"].tolist() == ["complete", "complete"]
     assert_nothing_lost(folder, killed[0])
 
 
@@ -247,7 +347,7 @@ def test_a_killed_sweep_loses_nothing(here, tmp_path):
     before = stamps(folder / "runs" / FIRST)
     outcome = run_sweep(sweep, quiet())  # waits for the lock of the worker that was left behind, if it still lives
     assert [run.name for task in here for run in task.runs] == [SECOND]
-    assert [row.status for row in outcome.rows] == ["complete", "complete"]
+    assert outcome.trials["status"].tolist() == ["complete", "complete"]
     assert_nothing_lost(folder, before)
 
 
@@ -258,7 +358,7 @@ def test_a_signal_ends_a_sweep_in_order(tmp_path, here, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         execute(task)
 
-    monkeypatch.setattr(running, "run_tasks", lambda client, tasks, retries, watch: [interrupted_task(tasks[0])])
+    monkeypatch.setattr(running, "run_tasks", lambda client, tasks, *_: [interrupted_task(tasks[0])])
     outcome = run_sweep(sweep, quiet())
     assert outcome.interrupted
-    assert [row.status for row in outcome.rows] == ["waiting", "waiting"]  # the task saw it before its first round
+    assert outcome.trials["status"].tolist() == ["waiting", "waiting"]  # the task saw it before its first round
