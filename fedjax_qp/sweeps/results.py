@@ -129,7 +129,9 @@ def write_comparison(store: Store, trials: Sequence[int], notes: Sequence[str]) 
     kept = [folder for folder in ended if not (folder / records.FAILURE).exists()]
     if not kept:
         return None
-    variants = [{"name": one.variant, "settings": one.settings} for one in found]
+    added = set() if settings.rounds is None else {"rounds"}  # by the comparison, which is another one next time
+    chosen = [{key: value for key, value in one.settings.items() if key not in added} for one in found]
+    variants = [{"name": one.variant, "settings": own} for one, own in zip(found, chosen, strict=True)]
     write_whole(store.folder / "tuned.yaml", yaml.safe_dump({"variants": variants}, sort_keys=False))
     runs = compare.load_runs(kept)
     labels = {run.config["name"] for run in runs}
