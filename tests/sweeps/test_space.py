@@ -86,11 +86,47 @@ def test_overrides_reach_the_sweep_or_its_base(tmp_path):
         ({"space": {"local.momentum": {"low": False, "high": True}}}, "low = False must be a number"),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "a name of its own"),
         ({"variants": [{"name": "a", "settings": {"rounds": 3}, "space": {"rounds": [1]}}]}, "both sets and searches"),
+        ({"space": {"rounds, local.epochs": [[1, 2], [3]]}}, r"\[3\] must be a list of 2 values"),
+        ({"space": {"rounds, local.epochs": {"low": 1, "high": 2}}}, "needs a list of values"),
+        ({"space": {"rounds, local.epochs": [[1, 2]], "rounds": [1]}}, "rounds, or does so twice"),
+        ({"variants": [{"name": "comparison"}]}, "which is not 'comparison'"),
+        ({"variants": [{"name": "a", "like": "b"}]}, "unknown variant .like. 'b'"),
+        ({"variants": [{"name": "a"}, {"name": "b", "like": "a"}]}, "needs `compare`"),
+        ({"compare": {"seeds": [1]}}, "compare needs two or more variants"),
     ],
 )
 def test_bad_sweeps_are_refused(tmp_path, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         sweep_of(tmp_path, **settings)
+
+
+PAIR = [{"name": "a", "space": {"local.epochs": [1, 2]}}, {"name": "b", "space": {"local.epochs": [1, 2, 3]}}]
+
+
+@pytest.mark.parametrize(
+    ("variants", "compare", "message"),
+    [
+        (PAIR, {"seeds": [1]}, "as many settings for each variant.*here a has 2, b has 3"),
+        ([PAIR[0], {"name": "c"}], {"seeds": [0, 1]}, "0 already chooses the settings"),
+        ([PAIR[0], {"name": "c"}], {"seeds": [1, 1]}, "names a seed twice"),
+        ([PAIR[0], {"name": "c"}], {"seeds": [1], "baseline": "d"}, "unknown variant .compare.baseline. 'd'"),
+        ([PAIR[0], {"name": "c"}], {"seeds": [1], "rounds": 0}, "compare.rounds = 0"),
+        ([PAIR[0], {"name": "c", "settings": {"local.momentum": 2}}], {"seeds": [1]}, "local.momentum = 2"),
+        ([PAIR[0], {"name": "c", "like": "a", "settings": {"local.epoch": 2}}], {"seeds": [1]}, "local.epochs"),
+    ],
+)
+def test_bad_comparisons_are_refused_before_any_compute(tmp_path, variants, compare, message):
+    with pytest.raises(ConfigurationError, match=message):
+        points_of(sweep_of(tmp_path, variants=variants, compare=compare))
+
+
+def test_variants_may_stand_in_another_file(tmp_path):
+    (tmp_path / "tuned.yaml").write_text("variants: [{name: a, settings: {local.epochs: 3}}, {name: b}]")
+    file = write_sweep(tmp_path, variants="tuned.yaml")  # beside it
+    for sweep in (space.load(file), space.load(write_sweep(tmp_path), [f"variants={tmp_path / 'tuned.yaml'}"])):
+        assert [(one.name, one.settings) for one in sweep.variants] == [("a", {"local.epochs": 3}), ("b", {})]
+    with pytest.raises(ConfigurationError, match="unknown configuration file"):
+        space.load(write_sweep(tmp_path, variants="other.yaml"))
 
 
 @pytest.mark.parametrize(
