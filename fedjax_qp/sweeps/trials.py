@@ -122,7 +122,7 @@ class Store:
 
     def count(self) -> int:
         """How many trials there are."""
-        return sum(self.storage.get_n_trials(found._study_id) for found in self.storage.get_all_studies())
+        return sum(len(study.get_trials(deepcopy=False)) for study in self.studies())
 
     def add(self, study: str, variant: str, points: Sequence[Point], name: str | None = None) -> list[int]:
         """Adds the points that are new; returns the numbers of the trials of all of them.
@@ -229,7 +229,8 @@ class Store:
             return
         try:
             before = open_storage(self.folder)
-            found = {one.study_name: before.get_all_trials(one._study_id) for one in before.get_all_studies()}
+            names = [one.study_name for one in before.get_all_studies()]
+            found = {name: before.get_all_trials(before.get_study_id_from_name(name)) for name in names}
         except (ValueError, KeyError) as error:
             raise ConfigurationError(
                 f"{file} is damaged ({error}): restore it from a backup, or choose another name= for the sweep."
@@ -391,7 +392,9 @@ def _saved(file: Path) -> dict[str, Any]:
     """The sweep that a folder holds."""
     found = load_yaml(read_text(file), str(file))
     if not isinstance(found, dict) or not set(Sweep.__dataclass_fields__) <= found.keys():
-        raise ConfigurationError(f"{file} is damaged: restore it from a backup, or choose another name= for the sweep.")
+        raise ConfigurationError(
+            f"{file} is damaged, or of another version: restore it from a backup, or choose another name= for the sweep."
+        )
     return found
 
 
