@@ -27,7 +27,8 @@ from fedjax_qp.console.tables import TextTable
 from fedjax_qp.files import write_whole, writing
 from fedjax_qp.reports import compare, personal, rendering
 from fedjax_qp.reports.plots import plot_comparison, plot_metric, save
-from fedjax_qp.runs import records
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps.space import COMPARISON, Sweep, fields
 from fedjax_qp.sweeps.trials import Store, read_history, trial_of
 
@@ -85,8 +86,10 @@ def tidy(store: Store) -> pd.DataFrame:
             head = {"phase": phase.folder.name, "variant": trial.variant, "trial": trial.name, **plain}
             for seed, folder in zip(phase.seeds, phase.run_folders(trial), strict=True):
                 for line in read_history(folder):
-                    if records.value(line, phase.rank.metric) is not None:
-                        entries.append({**head, "seed": seed, "round": line["round"], **dict(records.scalars(line))})
+                    if record_numbers.value(line, phase.rank.metric) is not None:
+                        entries.append(
+                            {**head, "seed": seed, "round": line["round"], **dict(record_numbers.scalars(line))}
+                        )
     return pd.DataFrame(entries)
 
 
@@ -125,8 +128,8 @@ def write_comparison(store: Store, trials: Sequence[int], notes: Sequence[str]) 
     assert settings is not None
     known = store.study(COMPARISON).trials
     found = [trial_of(COMPARISON, known[number]) for number in trials]
-    ended = [folder for one in found for folder in phase.run_folders(one) if (folder / records.ENDED).exists()]
-    kept = [folder for folder in ended if not (folder / records.FAILURE).exists()]
+    ended = [folder for one in found for folder in phase.run_folders(one) if RunFolder(folder).end.exists()]
+    kept = [folder for folder in ended if not RunFolder(folder).diverged()]
     if not kept:
         return None
     added = set() if settings.rounds is None else {"rounds"}  # by the comparison, which is another one next time

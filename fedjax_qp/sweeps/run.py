@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedjax_qp import config as configuration
 from fedjax_qp.console.terminal import leave, listening
-from fedjax_qp.runs.together import groups, remembered_programs
+from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.programs import groups, remembered_programs
 from fedjax_qp.sweeps import search
 from fedjax_qp.sweeps.results import said, summary, table, write_comparison, write_results
 from fedjax_qp.sweeps.schedule import connect, run_tasks, workers_of
@@ -117,7 +118,7 @@ def tasks_of(store: Store, runs: Sequence[Assignment], workers: int, everyone: S
       everyone: all of these studies.
     """
     waiting = {run.folder for run in runs}
-    programs = remembered_programs([run.folder for run in everyone])
+    programs = remembered_programs([RunFolder(run.folder) for run in everyone])
     parts = [[everyone[index] for index in members] for members in programs if len(members) > 1]
     parts = [part for part in parts if any(run.folder in waiting for run in part)]
     placed = {run.folder for part in parts for run in part}

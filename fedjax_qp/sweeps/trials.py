@@ -34,8 +34,8 @@ from fedjax_qp import config as configuration
 from fedjax_qp.files import lock_folder, lock_now, write_whole, writing
 from fedjax_qp.registry import ConfigurationError, unknown_name
 from fedjax_qp.reports.compare import Spread, spread
-from fedjax_qp.runs import records
-from fedjax_qp.runs.folder import read_ended
+from fedjax_qp.runs import record_numbers
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.settings.strict import load_yaml, read_text
 from fedjax_qp.sweeps.search import Point, identity
 from fedjax_qp.sweeps.space import COMPARISON, Rank, Sweep
@@ -165,7 +165,7 @@ class Store:
 
     def waits(self, run_folder: Path) -> bool:
         """Whether a run has neither ended nor, in this attempt, failed."""
-        return run_folder not in self.failures and read_ended(run_folder) is None
+        return run_folder not in self.failures and RunFolder(run_folder).ended() is None
 
     def end_attempt(self) -> None:
         """Asks all workers to finish their chunks and leave."""
@@ -195,7 +195,7 @@ class Store:
         status, reason = self._ending(folders)
         value = value_of(histories, phase.rank) if status == "complete" else None
         if status == "complete" and value is None:
-            names = {name for history in histories for line in history for name, _ in records.scalars(line)}
+            names = {name for history in histories for line in history for name, _ in record_numbers.scalars(line)}
             raise unknown_name("metric (rank.metric)", phase.rank.metric, sorted(names))
         if value is not None and not math.isfinite(value.mean):
             status, reason, value = "diverged", f"{phase.rank.metric} is not finite", None
@@ -213,7 +213,7 @@ class Store:
         failed = [self.failures[folder] for folder in folders if folder in self.failures]
         if failed:
             return "failed", failed[0]
-        reasons = [ended[0] for folder in folders if (ended := read_ended(folder)) is not None]
+        reasons = [ended[0] for folder in folders if (ended := RunFolder(folder).ended()) is not None]
         if "diverged" in reasons:
             return "diverged", "diverged"
         said = "; ".join(dict.fromkeys(reason for reason in reasons if reason != "finished"))
@@ -309,7 +309,7 @@ def _curve(history: Sequence[dict], rank: Rank) -> dict[int, float]:
     values: list[float] = []
     found = {}
     for record in history:
-        value = records.value(record, rank.metric)
+        value = record_numbers.value(record, rank.metric)
         if value is not None:
             values.append(value)
             found[record["round"]] = statistics.fmean(values[-rank.last :])
@@ -318,7 +318,7 @@ def _curve(history: Sequence[dict], rank: Rank) -> dict[int, float]:
 
 def read_history(folder: Path) -> list[dict]:
     """The records of a run so far."""
-    return records.read(folder) if (folder / records.FILE).exists() else []
+    return RunFolder(folder).records(missing_ok=True)
 
 
 def read_attempt(folder: Path) -> str:

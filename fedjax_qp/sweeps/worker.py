@@ -12,8 +12,8 @@ from optuna.pruners import BasePruner, MedianPruner, SuccessiveHalvingPruner
 from rich.console import Console
 
 from fedjax_qp import config as configuration
-from fedjax_qp.runs.folder import read_ended
-from fedjax_qp.runs.together import run_together
+from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.runs.run import run_all
 from fedjax_qp.sweeps.space import COMPARISON, EarlyStopping
 from fedjax_qp.sweeps.trials import Phase, Trial, curve, open_storage, read_attempt, read_history, run_locks, trial_id
 
@@ -60,10 +60,10 @@ def execute(task: Task) -> None:
         console.print(f"process {os.getpid()} on {socket.gethostname()}: {', '.join(run.name for run in task.runs)}")
         names = [f"{run.phase.folder.name}-{run.name}" for run in task.runs]
         with run_locks(folder, names, lambda: _left_behind(task), lambda: time.sleep(_WAIT)) as held:
-            if not held or _left_behind(task) or all(read_ended(run.folder) for run in task.runs):
+            if not held or _left_behind(task) or all(RunFolder(run.folder).ended() for run in task.runs):
                 return
             judge = Judge(task)
-            run_together(
+            run_all(
                 [configuration.from_dict(run.config) for run in task.runs],
                 console,
                 stop=judge.verdict,

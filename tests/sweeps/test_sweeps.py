@@ -19,8 +19,7 @@ from rich.console import Console
 from support.sweeps import opened, sweep_of, write_sweep
 
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
-from fedjax_qp.runs.folder import read_ended
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.sweeps import run as running
 from fedjax_qp.sweeps import schedule
 from fedjax_qp.sweeps.run import run_sweep
@@ -184,7 +183,7 @@ FOLDERS = ("runs", "comparison")
 
 
 def mean_of_last(run_folder: Path, last: int) -> float:
-    return statistics.fmean(line["test_accuracy"] for line in records.read(run_folder)[-last:])
+    return statistics.fmean(line["test_accuracy"] for line in RunFolder(run_folder).records()[-last:])
 
 
 def test_an_interrupted_comparison_goes_on_with_the_same_settings_and_bits(here, tmp_path, monkeypatch):
@@ -307,7 +306,7 @@ def assert_nothing_lost(folder: Path, finished_before: dict[str, int]) -> None:
     assert stamps(folder / "runs" / FIRST) == finished_before
     for name in (FIRST, SECOND):
         assert rounds(folder / "runs" / name) == list(range(1, LONG["rounds"] + 1))
-        assert read_ended(folder / "runs" / name) == ("finished", LONG["rounds"])
+        assert RunFolder(folder / "runs" / name).ended() == ("finished", LONG["rounds"])
     study = optuna.load_study(study_name="small", storage=open_storage(folder))
     assert all(list(trial.intermediate_values) == rounds(folder / "runs" / FIRST) for trial in study.trials)
     assert started_after(folder / "runs" / FIRST) == {"0"}
