@@ -1,6 +1,7 @@
 """The command line: `fedjax-qp new | run | resume | sweep | compare | report | inspect | adapters | answer | …`."""
 
 import contextlib
+import json
 import os
 import sys
 import warnings
@@ -15,6 +16,7 @@ from rich.markup import escape
 
 from fedjax_qp import __version__
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins as plugged
 from fedjax_qp.console.arguments import understood
 from fedjax_qp.console.terminal import guarded
 from fedjax_qp.files import keep_programs
@@ -33,6 +35,7 @@ Seeds = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="SEED [SEED ...]
 Questions = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")]
 Instruments = Annotated[tuple[What, ...], UNSET]
 Output = Annotated[Path | None, UNSET]
+Plugins = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
       several: processes of one run.
     """
     configs = _configs(config, overrides, seeds)
+    _check_names(configs[0])
     from fedjax_qp.experiment import check, resolve
     from fedjax_qp.runs import processes
     from fedjax_qp.runs.loop import NonFiniteLoss
@@ -101,7 +105,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
 
 
 def _configs(file: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[configuration.Config]:
-    """One configuration for each seed, read and its names checked without loading JAX."""
+    """One configuration for each seed, read without loading JAX."""
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
         raise ConfigurationError(
             f"--seeds {' '.join(map(str, seeds))}: give each seed once, for example --seeds 0 1 2."
@@ -110,18 +114,27 @@ def _configs(file: Path, overrides: Sequence[str], seeds: Sequence[int] | None) 
         raise ConfigurationError("seed=… beside --seeds: leave one of them out.")
     ends = [[]] if seeds is None else [[f"seed={seed}"] for seed in seeds]
     configs = [configuration.load(file, [*overrides, *end]) for end in ends]
-    check_names(configs[0])
     return configs
 
 
-def resume(run: RunFolder, overrides: Overrides = (), *, several: Joining = ALONE) -> int:
+def _check_names(config: configuration.Config) -> None:
+    """Runs the plug-ins that a configuration names, and looks its names up; loads JAX only where a plug-in does."""
+    plugged.load(config.plugins)
+    check_names(config)
+
+
+def resume(run: RunFolder, overrides: Overrides = (), *, plugins: Plugins = (), several: Joining = ALONE) -> int:
     """Continues an interrupted run from its newest checkpoint.
 
     Args:
       run: the run's folder.
       overrides: settings to change, such as rounds=200.
+      plugins: files or modules that the run needs, where those of its configuration have moved or are a stranger's.
       several: processes of one run.
     """
+    if plugins:
+        named = _load_plugins(plugins)
+        overrides = (*overrides, f"plugins={json.dumps(named)}")
     if (run / "config.yaml").is_file():
         configuration.load(run / "config.yaml", list(overrides))
     from fedjax_qp.runs import processes
@@ -136,6 +149,13 @@ def resume(run: RunFolder, overrides: Overrides = (), *, several: Joining = ALON
         return 1
 
 
+def _load_plugins(names: Sequence[str]) -> tuple[str, ...]:
+    """Runs the plug-ins that the command line names, relative to the current folder."""
+    found = plugged.located(names, Path())
+    plugged.load(found)
+    return found
+
+
 def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> int:
     """Searches settings: many trials, several seeds each, on all cores or on a Dask cluster. Repeated, it continues.
 
@@ -148,10 +168,10 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
 
     loaded = load(config, list(overrides))
     base = base_values(loaded)
-    check_names(configuration.from_dict(base))
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if "jax" not in sys.modules:  # this process trains nothing, and must not hold the workers' memory
         os.environ["JAX_PLATFORMS"] = "cpu"
+    _check_names(configuration.from_dict(base))
     try:
         from fedjax_qp.sweeps.run import planned, run_sweep
     except ImportError as error:
@@ -268,6 +288,7 @@ def inspect(
     runs: RunFolders,
     *,
     what: Instruments = (),
+    plugins: Plugins = (),
     round: Annotated[int | None, UNSET] = None,
     output: Output = None,
     settings: Annotated[Settings, tyro.conf.OmitArgPrefixes] = Settings(),  # noqa: B008 (frozen)
@@ -277,12 +298,14 @@ def inspect(
     Args:
       runs: run folders; several are printed side by side.
       what: instruments; default all that fit the method.
+      plugins: as in `resume`.
       round: of the checkpoint; default the newest.
       output: writes the table as a CSV file.
       settings: sizes and radii.
     """
     if not runs:
         raise ConfigurationError("no run is named: give one or more run folders, such as runs/mnist5k-seed0.")
+    _load_plugins(plugins)
     from fedjax_qp.instruments.inspection import inspect_runs, side_by_side, to_csv
 
     console = Console()
@@ -297,14 +320,22 @@ def inspect(
     return 0
 
 
-def adapters(run: RunFolder, *, output: Output = None, view: Literal["aggregated", "tuned"] = "aggregated") -> int:
+def adapters(
+    run: RunFolder,
+    *,
+    output: Output = None,
+    view: Literal["aggregated", "tuned"] = "aggregated",
+    plugins: Plugins = (),
+) -> int:
     """Writes every client's adapter of an instruction-tuning run as a PEFT folder.
 
     Args:
       run: the run's folder.
       output: where the folders go; default `adapters` in the run's folder.
       view: as after the last aggregation, or as the client left its own training.
+      plugins: as in `resume`.
     """
+    _load_plugins(plugins)
     from fedjax_qp.runs.export import export_clients
     from fedjax_qp.runs.run import restore
 
@@ -323,6 +354,7 @@ def answer(
     client: Annotated[int | None, UNSET] = None,
     view: Literal["aggregated", "tuned"] = "aggregated",
     new_tokens: int = 64,
+    plugins: Plugins = (),
 ) -> int:
     """Prints what a run's model answers to instructions.
 
@@ -332,6 +364,7 @@ def answer(
       client: whose model; default the server's.
       view: as after the last aggregation, or as the client left its own training.
       new_tokens: longest answer.
+      plugins: as in `resume`.
     """
     if not instructions:
         raise ConfigurationError(
@@ -339,6 +372,7 @@ def answer(
         )
     if new_tokens < 1 or (client is not None and client < 0):
         raise ConfigurationError(f"--new-tokens {new_tokens} must be at least 1, and --client at least 0.")
+    _load_plugins(plugins)
     from fedjax_qp.runs.export import answer as answers_of
     from fedjax_qp.runs.export import client_params, language_of
     from fedjax_qp.runs.run import restore
@@ -380,6 +414,7 @@ def memory(
         flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
         os.environ["JAX_PLATFORMS"] = "cpu"
+    _check_names(loaded)
     from fedjax_qp.runs.footprint import measure, memory_table, on_a_mesh
 
     clients = loaded.participation.cohort if clients is None else clients
@@ -395,13 +430,17 @@ def memory(
     return 0
 
 
-def list_parts(what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] = "all") -> int:
+def list_parts(
+    what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] = "all", *, plugins: Plugins = ()
+) -> int:
     """Lists algorithms, data sources, partitions and models with their options and defaults; or explains one of them.
 
     Args:
       what: algorithms, data, partitions, models, all; a name such as fedavg; or a group of settings that belong to none of
         them, such as local, engine or evaluation.
+      plugins: files or modules whose parts are listed too.
     """
+    _load_plugins(plugins)
     from fedjax_qp.console.listing import listing
 
     console = Console()

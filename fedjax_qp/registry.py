@@ -7,6 +7,7 @@ means a finite number and its `int` one of sane size, see `settings.values`.
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -85,18 +86,22 @@ class Registry:
         ] = {}  # making one takes far longer than using it
 
     def register(self, function: Callable) -> Callable:
-        """Decorator: adds `function` under its own name.
+        """Decorator: adds `function` under its own name, in place of what the same file or notebook registered under it.
 
         Raises:
-          ValueError: the name is taken, or one of its options is one that all entries have.
+          ConfigurationError: the name is another's, or one of its options is one that all entries have.
         """
-        if function.__name__ in self._functions:
-            raise ValueError(f"{self.kind} {function.__name__!r} is registered twice")
+        other = self._functions.get(function.__name__)
+        require(
+            other is None or not _places(other).isdisjoint(_places(function)),
+            f"{self.kind} {function.__name__!r} is registered already, by {getattr(other, '__module__', '')}: give yours "
+            "another name.",
+        )
         taken = sorted(self._common.keys() & _keyword_only(function).keys())
         if taken:
-            raise ValueError(
+            raise ConfigurationError(
                 f"{self.kind} {function.__name__!r} has the option {taken[0]!r}, which every {self.kind} has already: give "
-                "it another name"
+                "it another name."
             )
         self._functions[function.__name__] = function
         return function
@@ -159,6 +164,12 @@ class Registry:
         if place not in self._adapters:
             self._adapters[place] = pydantic.TypeAdapter(checkable(self.options(name)[key].annotation))
         return self._adapters[place]
+
+
+def _places(function: Callable) -> set[str]:
+    """Where a function comes from: its module, and its file where there is one (a notebook's cells have none)."""
+    file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
+    return {function.__module__} | ({os.path.realpath(file)} if os.path.isfile(file) else set())
 
 
 def _keyword_only(function: Callable) -> dict[str, inspect.Parameter]:

@@ -28,6 +28,17 @@ def shared_folder() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def own_registries(monkeypatch):
+    """What a test registers, and which plug-ins it runs, is forgotten after it."""
+    from fedjax_qp import plugins
+    from fedjax_qp.experiment import registries
+
+    for registry in registries():
+        monkeypatch.setattr(registry, "_functions", dict(registry._functions))
+    monkeypatch.setattr(plugins, "_loaded", {})
+
+
 @pytest.fixture(scope="session")
 def compilations():
     """A function that counts the programs that XLA has compiled so far."""

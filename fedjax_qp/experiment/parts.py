@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Part
 from fedjax_qp.data import character_sources, instruction_sources, partitions, sources
@@ -30,6 +31,7 @@ def registries() -> list[Registry]:
 
 def resolve(config: Config) -> Config:
     """Fills in the options of all parts; unknown or ill-typed ones are errors."""
+    plugins.load_installed()
     parts = {}
     for key in _REGISTRIES:
         part: Part = getattr(config, key)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins
 from fedjax_qp.algorithms.fedmut import MutationServer
 from fedjax_qp.config import Config, Part
 from fedjax_qp.engine import cut_test_set
@@ -70,6 +71,7 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     if not file.is_file():
         raise ConfigurationError(f"{folder} holds no run (no config.yaml): give the folder of one run.")
     config = configuration.load(file)
+    plugins.load_of_run(folder, config.plugins)
     if of_language_model(config):
         raise ConfigurationError(
             f"{folder} is a run of the language model {config.model.name!r}, whose clients have models of their own: the "

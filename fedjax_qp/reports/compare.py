@@ -27,7 +27,7 @@ from fedjax_qp.watch import Watch
 
 # Where and how a run was computed, and how long; what it computes in a round does not depend on it. `engine.lanes` is even
 # measured anew in each run.
-_ARRANGEMENT = ("folder", "engine", "checkpoints", "tracking", "rounds", "evaluation")
+_ARRANGEMENT = ("folder", "plugins", "engine", "checkpoints", "tracking", "rounds", "evaluation")
 _MISSING = "–"
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from rich.console import Console
 
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins
 from fedjax_qp.config import Config, Evaluation
 from fedjax_qp.data import plot_partition
 from fedjax_qp.experiment import Experiment
@@ -53,6 +54,7 @@ def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
     with writing(folder / "partition.png"):
         plot_partition(task.counts, folder / "partition.png", class_names=task.class_names)
     write_json(folder / "environment.json", environment())
+    plugins.keep(folder, experiment.config.plugins)
     made_of.write(folder)
     watched.write(folder, experiment.algorithm.watch)
     configuration.save(experiment.config, folder / "config.yaml")  # last: its presence marks a run

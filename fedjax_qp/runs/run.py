@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.text import Text
 
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins
 from fedjax_qp.config import Config
 from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.data import print_table, summary
@@ -122,6 +123,7 @@ def resume(folder: Path, overrides: list[str] | None = None, console: Console | 
     with lock_run(folder):
         with processes.in_common():
             config = configuration.load(file, overrides)
+            plugins.load_of_run(folder, config.plugins)
             before = configuration.to_dict(configuration.load(file))
             changed = configuration.differences(before, configuration.to_dict(config))
             _check_changes(changed)
@@ -191,7 +193,9 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
     Raises:
       ConfigurationError: no run in the folder, no checkpoint yet, or its data or weights are no longer the same.
     """
-    experiment = build(configuration.load(_config_file(folder, "give the folder of one run")))
+    config = configuration.load(_config_file(folder, "give the folder of one run"))
+    plugins.load_of_run(folder, config.plugins)
+    experiment = build(config)
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
     with Checkpoints(folder / "checkpoints", keep=experiment.config.checkpoints.keep) as checkpoints:
@@ -204,7 +208,7 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
 # Settings that do not touch what has already been computed.
 _LAYOUT = ("engine.lanes:", "engine.devices:", "engine.model_devices:", "engine.parallel:")  # another order of the sums
 _STORES = ("engine.client_store", "engine.data_store", "engine.memory_gigabytes")
-_MAY_CHANGE = ("rounds", "evaluation.", "checkpoints.", "tracking.", *_STORES, *_LAYOUT)
+_MAY_CHANGE = ("rounds", "plugins:", "evaluation.", "checkpoints.", "tracking.", *_STORES, *_LAYOUT)
 
 
 def _alone(experiment: Experiment, folder: Path, state: FederatedState, console: Console, startup: Startup) -> Outcome:

@@ -397,7 +397,9 @@ def _check_folders(configs: Sequence[Config]) -> None:
         if (folder / "config.yaml").exists():
             there = configuration.to_dict(resolve(configuration.load(folder / "config.yaml")))
             changed = configuration.differences(there, configuration.to_dict(config))
-            changed = [change for change in changed if not change.startswith((*_MEASURED, "rounds:", "folder:"))]
+            changed = [
+                change for change in changed if not change.startswith((*_MEASURED, "rounds:", "folder:", "plugins:"))
+            ]
             if changed:
                 raise ConfigurationError(
                     f"{folder} holds a run with other settings ({'; '.join(changed)}): choose another name or folder."

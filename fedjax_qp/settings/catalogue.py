@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from fedjax_qp import plugins
 from fedjax_qp.config import PARTS, Config
 from fedjax_qp.registry import unknown_name
 
@@ -60,6 +61,7 @@ class Entry(NamedTuple):
 
 def entries() -> list[Entry]:
     """All entries by registry and name, with what others have registered in registries that are loaded."""
+    plugins.load_installed()
     known = _of_package()
     return [*known, *_of_others({(entry.registry, entry.name) for entry in known})]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins
 from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.files import writing
 from fedjax_qp.runs.together import groups, remembered_programs
@@ -53,6 +54,7 @@ def run_sweep(sweep: Sweep, console: Console | None = None, *, platforms: str | 
     """
     console = console or Console()
     base = base_values(sweep)
+    plugins.load(base.get("plugins", ()))
     points = planned(sweep, base)
     with Store(sweep, base) as store:
         _mark(store.add(points), console)

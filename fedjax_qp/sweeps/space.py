@@ -150,6 +150,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
     """
     values = configuration.read_mapping(path)
     of_file = _mapping(values.pop("overrides", None))
+    configuration.locate_plugins(of_file, path.expanduser().parent)
     if isinstance(values.get("config"), str):
         values["config"] = str(presets.located(path).expanduser().parent / Path(values["config"]).expanduser())
     given = [configuration.parse_override(override) for override in overrides or []]
@@ -245,6 +246,7 @@ def base_values(sweep: Sweep) -> dict[str, Any]:
       ConfigurationError: the base cannot be read, or one of its settings cannot work.
     """
     values = configuration.read_mapping(Path(sweep.config))
+    configuration.locate_plugins(values, Path(sweep.config).expanduser().parent)
     configuration.change(values, sweep.overrides.items())
     return configuration.to_dict(configuration.from_dict(values))
 
@@ -396,6 +398,10 @@ def _check(sweep: Sweep) -> None:
     for variant in sweep.every_variant():
         for key in (*variant.settings, *variant.space):
             _check_field(f"the field {key}", key)
+            if key.partition(".")[0] == "plugins":
+                raise ConfigurationError(
+                    "plugins are the same in all trials: name them in the base, or in `overrides`."
+                )
         twice = sorted(variant.settings.keys() & variant.space.keys())
         if twice:
             raise ConfigurationError(f"variant {variant.name!r} both sets and searches {', '.join(twice)}: do one.")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from fedjax_qp import config as configuration
+from fedjax_qp import plugins
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.together import run_together
 from fedjax_qp.sweeps.space import EarlyStopping, Rank
@@ -94,8 +95,10 @@ def _run(task: Task, console: Console) -> None:
         return
     judge = Judge(folder, task.attempt, task.rank, task.rule, task.peers, task.seeds, {run.trial for run in task.runs})
     try:
+        configs = [configuration.from_dict(run.config) for run in task.runs]
+        plugins.load(configs[0].plugins)  # the same for all: no trial may change them
         outcomes = run_together(
-            [configuration.from_dict(run.config) for run in task.runs],
+            configs,
             console,
             stop=lambda index, history: judge.verdict(task.runs[index].trial, task.runs[index].seed, history),
             beside=sorted((folder / "runs").glob("*/")),
