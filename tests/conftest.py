@@ -32,9 +32,9 @@ def shared_folder() -> Path:
 def own_registries(monkeypatch):
     """What a test registers, and which plug-ins it runs, is forgotten after it."""
     from fedjax_qp import plugins
-    from fedjax_qp.experiment import registries
+    from fedjax_qp.experiment import REGISTRIES
 
-    for registry in registries():
+    for registry in REGISTRIES.values():
         monkeypatch.setattr(registry, "_functions", dict(registry._functions))
     monkeypatch.setattr(plugins, "_loaded", {})
 

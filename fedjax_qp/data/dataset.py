@@ -28,6 +28,7 @@ class Dataset(NamedTuple):
     mean: tuple[float, ...] | None = (0.5,)  # per channel, of pixels scaled to 0 … 1; None for codes
     std: tuple[float, ...] | None = (0.5,)
     notes: tuple[str, ...] = ()  # what a user should know of the data before a run
+    examples: str = ""  # their kind, see `registry.EXAMPLES`; "" = the one that the source declares
 
 
 def build_dataset(
@@ -77,7 +78,14 @@ def build_dataset(
         )
     notes = (*_notes_on_pixels(ends), *_notes_on_classes(examples, classes))
     return Dataset(
-        *examples, classes=classes, class_names=names, client_ids=client_ids, mean=half, std=half, notes=notes
+        *examples,
+        classes=classes,
+        class_names=names,
+        client_ids=client_ids,
+        mean=half,
+        std=half,
+        notes=notes,
+        examples="images",
     )
 
 

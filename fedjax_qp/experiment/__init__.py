@@ -3,7 +3,7 @@
 from fedjax_qp.experiment.advice import advice
 from fedjax_qp.experiment.assembly import Experiment, build, check
 from fedjax_qp.experiment.methods import declared, differing_settings, local_optimizer, method, traced_settings
-from fedjax_qp.experiment.parts import defaults, is_whole_number, of_language_model, registries, resolve
+from fedjax_qp.experiment.parts import REGISTRIES, defaults, is_whole_number, kind_of, resolve
 from fedjax_qp.experiment.start import (
     first_state,
     host_copy,
@@ -14,6 +14,7 @@ from fedjax_qp.experiment.start import (
 )
 
 __all__ = [
+    "REGISTRIES",
     "Experiment",
     "advice",
     "build",
@@ -25,10 +26,9 @@ __all__ = [
     "host_copy",
     "is_whole_number",
     "join_states",
+    "kind_of",
     "local_optimizer",
     "method",
-    "of_language_model",
-    "registries",
     "resolve",
     "start_engine",
     "start_shared_engine",

@@ -14,7 +14,7 @@ from fedjax_qp import plugins
 from fedjax_qp.algorithms.fedmut import MutationServer
 from fedjax_qp.config import Config, Part
 from fedjax_qp.engine import cut_test_set
-from fedjax_qp.experiment import Experiment, build, first_state, method, of_language_model
+from fedjax_qp.experiment import Experiment, build, first_state, kind_of, method
 from fedjax_qp.federated import Algorithm, FederatedState, Params
 from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
@@ -72,7 +72,7 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
         raise ConfigurationError(f"{folder} holds no run (no config.yaml): give the folder of one run.")
     config = configuration.load(file)
     plugins.load_of_run(folder, config.plugins)
-    if of_language_model(config):
+    if kind_of(config).tunes_adapters:
         raise ConfigurationError(
             f"{folder} is a run of the language model {config.model.name!r}, whose clients have models of their own: the "
             "instruments look at one global model. Use `fedjax-qp compare` for perplexities, or give a run on images."

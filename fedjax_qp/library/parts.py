@@ -54,10 +54,10 @@ def constructor(name: str) -> Callable[..., Part]:
 
 def _constructor(entry: Entry) -> Callable[..., Part]:
     def make(**options: Any) -> Part:
-        from fedjax_qp.experiment.parts import registry_of
+        from fedjax_qp.experiment.parts import REGISTRIES
 
         given = {key: _as_in_yaml(value) for key, value in options.items()}
-        registry_of(KINDS[entry.registry].part, entry.name).resolve(entry.name, given)
+        REGISTRIES[KINDS[entry.registry].part].resolve(entry.name, given)
         return Part(entry.name, given)
 
     make.__name__ = make.__qualname__ = entry.name

@@ -39,7 +39,7 @@ class Perceptron(Network):
         return getattr(self, f"dense{self.layers}")
 
 
-@models.register
+@models.register("images", "rows")
 def mlp(
     input_shape: tuple[int, ...], classes: int, *, hidden: tuple[int, ...] = (200, 200)
 ) -> Callable[[nnx.Rngs], nnx.Module]:

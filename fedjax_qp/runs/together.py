@@ -25,7 +25,7 @@ from fedjax_qp.experiment import (
     build,
     differing_settings,
     first_state,
-    of_language_model,
+    kind_of,
     resolve,
     traced_settings,
     with_layout,
@@ -85,7 +85,7 @@ def _fixed_settings(config: Config) -> dict:
     """
     flat = configuration.flat(configuration.to_dict(config) | {"tracking": "free"})
     free = {*_FREE, *traced_settings(config)}
-    if not of_language_model(config) and config.partition.options["test"] == "common":
+    if not kind_of(config).clients_have_tests and config.partition.options["test"] == "common":
         floats = {name for name, value in flat.items() if name.startswith("partition.") and isinstance(value, float)}
         free |= {"seed", *floats}
     return {name: "free" if name in free else value for name, value in flat.items()}

@@ -6,22 +6,19 @@ import numpy as np
 from fedjax_qp.config import Config
 from fedjax_qp.data import Dataset, Examples, hold_out, label_counts, match, own_counts
 from fedjax_qp.engine import cut_client_tests, cut_test_set
-from fedjax_qp.models.classifier import classifier
+from fedjax_qp.models import classifier, models
 from fedjax_qp.precision import in_precision
-from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks.task import Task
 
 
-def classification_task(config: Config, dataset: Dataset, parts: list[np.ndarray], networks: Registry) -> Task:
+def classification_task(config: Config, dataset: Dataset, parts: list[np.ndarray]) -> Task:
     """The task of classifying labelled inputs; every client is judged by its mixture of the classes.
 
     With `partition.test` clients have tests of their own besides.
-
-    Args:
-      networks: the registry that has the configuration's model.
     """
-    build = networks[config.model.name](dataset.train.inputs.shape[1:], dataset.classes, **config.model.options)
+    build = models[config.model.name](dataset.train.inputs.shape[1:], dataset.classes, **config.model.options)
     parts, tests = _client_tests(config, dataset, parts)
     counts = label_counts(parts, np.asarray(dataset.train.labels), dataset.classes)
     model = classifier(build, mean=dataset.mean, std=dataset.std, classes=dataset.classes)

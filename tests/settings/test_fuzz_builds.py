@@ -113,7 +113,7 @@ def nested_settings() -> list[str]:
 def base_of(part: str, name: str) -> str:
     entry = next(one for one in catalogue.entries() if catalogue.KINDS[one.registry].part == part and one.name == name)
     pictures = name == "natural" or (part in ("data", "model") and name not in ("mlp", "digits", "mnist5k"))
-    return {"language": "language", "characters": "text"}.get(entry.suits, "pictures" if pictures else "images")
+    return {"instructions": "language", "characters": "text"}.get(entry.suits[0], "pictures" if pictures else "images")
 
 
 def single(values: tuple[Any, ...] = HOSTILE) -> Iterator[Input]:

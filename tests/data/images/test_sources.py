@@ -27,7 +27,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 def test_names():
     expected = ["arrays", "cifar10", "cifar100", "digits", "fashion_mnist", "femnist", "mnist5k", "tfds_images"]
-    assert sources.names() == expected
+    assert sources.names(["images"]) == expected
 
 
 @pytest.mark.parametrize(
