@@ -88,7 +88,9 @@ def _build_task(config: Config, algorithm: Algorithm, like: Experiment | None) -
     if shared is None:
         kind.check(dataset)
     numbers = generator(config.seed, Stream.PARTITION)
-    parts = partitions[config.partition.name](dataset, numbers, **partitions.own(config.partition.options))
+    parts = partitions[config.partition.name](
+        kind.in_classes(dataset), numbers, **partitions.own(config.partition.options)
+    )
     check_partition(parts, dataset)
     task = kind.task(config, dataset, parts, algorithm)
     if kind.tunes_adapters:

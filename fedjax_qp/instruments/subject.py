@@ -81,6 +81,11 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     if not kept:
         raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
     experiment = build(_on_one_device(config), like.experiment if like is not None else None)
+    if experiment.task.shares is None:
+        raise ConfigurationError(
+            f"{folder} predicts no classes (data = {config.data.name!r}), by which the instruments measure: give a run that "
+            "does."
+        )
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
     return InspectedRun(folder, experiment, kept, records.read(folder), make_replay(experiment), _fedmut(experiment))

@@ -166,7 +166,7 @@ def test_flops_of_a_training_token_are_counted_by_hand(place):
     [
         (
             {"model": "lenet"},
-            "model = 'lenet' does not fit data = 'records': it takes images, .*: choose one of pretrained, smollm2",
+            "model = 'lenet' does not fit data = 'records': it takes images, .*: choose one of pretrained",
         ),
         ({"data": "digits", "partition": "iid"}, "model = 'pretrained' does not fit data = 'digits'"),
         ({"model": {"name": "pretrained", "path": "/nowhere"}}, "nowhere"),

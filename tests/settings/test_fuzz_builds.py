@@ -73,6 +73,8 @@ NEEDED = {
     "shakespeare": {"folder": "DATA/plays", "minimum": 4},
     "shakespeare_leaf": {"folder": "DATA/nowhere"},
     "alpaca_demo": {"folder": "DATA/nowhere"},
+    "csv": {"path": "DATA/nowhere.csv", "label": "kind"},
+    "parquet": {"path": "DATA/nowhere.parquet", "label": "kind"},
     "arrays": {"path": "DATA/pictures.npz"},
     "tfds_images": {"dataset": "mine", "folder": "DATA/nowhere"},
     "records": {"files": "DATA/client_*.jsonl"},

@@ -22,6 +22,7 @@ from fedjax_qp.data.cached import brief, cached, read_npz
 from fedjax_qp.data.dataset import Dataset, build_dataset
 from fedjax_qp.data.images.prepared import import_module, read_prepared
 from fedjax_qp.data.registry import sources
+from fedjax_qp.data.rows.dataset import build_rows
 from fedjax_qp.registry import ConfigurationError, require
 from fedjax_qp.settings.values import shown
 
@@ -127,13 +128,16 @@ def tfds_images(
     return read_prepared(dataset, folder, splits=(train, test), label=label)
 
 
-@sources.register("images")
+@sources.register("images", "rows")
 def arrays(*, path: str) -> Dataset:
     """Your own data: a .npz file, with natural clients if you have them.
 
+    Bytes of the shape [N, H, W] or [N, H, W, C] with a class each are images; all else are rows of any shape, see
+    `data.rows.dataset.build_rows` for what labels may be.
+
     Args:
-      path: file with `train_inputs` (uint8 [N, H, W] or [N, H, W, C]), `train_labels` (integers [N]), `test_inputs`,
-        `test_labels`, and optionally `client_ids` (integers or strings [N]) and `class_names` (strings [classes]).
+      path: file with `train_inputs`, `train_labels`, `test_inputs`, `test_labels`, and optionally `client_ids` (integers or
+        strings [N]) and `class_names` (strings [classes]).
     """
     file = Path(os.path.expanduser(path))
     try:
@@ -149,7 +153,10 @@ def arrays(*, path: str) -> Dataset:
     require(not missing, f"data source 'arrays': {file} lacks {missing}; it holds {held}.")
     train, test = ((content[inputs], content[labels]) for inputs, labels in pairs)
     names = _class_names(content["class_names"]) if "class_names" in content else ()
-    return build_dataset(train, test, names=names, client_ids=content.get("client_ids"))
+    owners = content.get("client_ids")
+    if train[0].dtype == np.uint8 and train[0].ndim in (3, 4) and train[1].dtype.kind != "f" and train[1].ndim < 2:
+        return build_dataset(train, test, names=names, client_ids=owners)
+    return build_rows(train, test, names=names, client_ids=owners)
 
 
 def _class_names(names: np.ndarray) -> tuple[str, ...]:
