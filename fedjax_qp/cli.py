@@ -449,6 +449,32 @@ def list_parts(
     return 0
 
 
+def check(
+    files: Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")],
+    *,
+    options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME.OPTION=VALUE ...]", help_behavior_hint="")] = (),
+) -> int:
+    """Checks what files or modules of your own register by the laws that this package's methods, data and models keep.
+
+    Args:
+      files: plug-ins, see docs/howto/plugins.md.
+      options: values of options, such as slow_average.step_size=0.7; others have their defaults.
+    """
+    if not files:
+        raise ConfigurationError("no file is named: give one that registers something, such as mine.py.")
+    from fedjax_qp.console.tables import TextTable
+    from fedjax_qp.contract.check import check as checked
+
+    console = Console()
+    given = [configuration.parse_override(option) for option in options]
+    names = plugged.located(files, Path())
+    with console.status("checking"):
+        found = list(checked(names, given))
+    rows = [[one.part, one.law, "passed" if one.passed else "failed", one.reason or ""] for one in found]
+    console.print(TextTable(["part", "law", "", "reason"], rows, words=(3, 0, 1, 2)))
+    return int(not all(one.passed for one in found))
+
+
 def new(name: Annotated[str, Positional, tyro.conf.arg(metavar="NAME")]) -> int:
     """Writes a commented configuration to begin with, NAME.yaml, into the current folder.
 
@@ -474,6 +500,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "answer": answer,
     "memory": memory,
     "list": list_parts,
+    "check": check,
 }
 
 

@@ -134,6 +134,11 @@ class Registry:
         self._functions[function.__name__] = function
         return function
 
+    @property
+    def functions(self) -> dict[str, Callable]:
+        """The functions by name, as they are now."""
+        return dict(self._functions)
+
     def names(self, examples: Iterable[str] | None = None) -> list[str]:
         """The names of all entries, or of those that declare one of these kinds of examples."""
         wanted = None if examples is None else set(examples)
