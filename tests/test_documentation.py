@@ -110,7 +110,7 @@ def check_settings(name: str, values: dict) -> None:
     file = values.get("config")
     if name in ("run", "memory") and file is not None and (ROOT / file).is_file():
         config.load(ROOT / file, list(values["overrides"]))
-    if name == "list":
+    if name == "list" and not values["plugins"]:
         assert listing(values["what"])
 
 
