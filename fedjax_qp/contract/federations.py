@@ -3,6 +3,9 @@
 Images: real 8×8 digits, an MLP, twelve clients of very different size. Language: see `contract.language`.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Numpy arrays stand in for JAX arrays, and named tuples are made from leaves.
+
 from functools import cache
 from typing import NamedTuple
 

@@ -85,7 +85,7 @@ def interface(candidate: Candidate) -> None:
     played = play(candidate.algorithm, candidate.federation)
     state, metrics = candidate.reference
     memories = jax.tree.map(lambda *leaves: np.stack(leaves), *played.memories)
-    candidate.agree(state, FederatedState(np.int32(ROUNDS), played.server, memories))
+    candidate.agree(state, FederatedState(jax.numpy.int32(ROUNDS), played.server, memories))
     clients = candidate.plan(0, ROUNDS).cohorts.clients
     for number, reports in enumerate(played.metrics):
         losses = [float(reports[int(client)]["client/loss"]) for client in clients[number]]
@@ -185,7 +185,7 @@ def compilations() -> int:
     if not _compiled:
         _compiled.append("the beginning")
 
-        def note(event: str, duration: float, **_: object) -> None:
+        def note(event: str, duration_secs: float, **kwargs: str | int) -> None:
             if event == "/jax/core/compile/backend_compile_duration":
                 _compiled.append(event)
 

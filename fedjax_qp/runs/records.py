@@ -208,7 +208,8 @@ def _further_tests(
     if scores is None:
         further = [name for name in sums if name not in ("loss", "correct", "count")]
         found = {
-            name: quotient(sums[name].astype(np.float64), np.sum(sums["count"], dtype=np.float64)) for name in further
+            name: quotient(sums[name].astype(np.float64), np.asarray(sums["count"].sum(), np.float64))
+            for name in further
         }
     else:
         found = scores(sums)

@@ -40,7 +40,7 @@ def _model(config: Config, dataset: Dataset) -> Model:
     return classifier(
         build,
         classes=dataset.classes,
-        scale=standardise(dataset.train.inputs),
+        scale=standardise(np.asarray(dataset.train.inputs)),
         head=head(dataset.target, dataset.classes, **facts),
         has_classes=dataset.target == "classes",
     )

@@ -147,9 +147,12 @@ def synthetic(
         end = int(0.9 * size)
         parts["train"].append((rows[:end], labels[:end]))
         parts["test"].append((rows[end:], labels[end:]))
-    train, test = (tuple(np.concatenate(arrays) for arrays in zip(*part, strict=True)) for part in parts.values())
+    pairs = []
+    for part in parts.values():
+        rows, labels = zip(*part, strict=True)
+        pairs.append((np.concatenate(rows), np.concatenate(labels)))
     owner = np.repeat(np.arange(clients), [len(labels) for _, labels in parts["train"]])
-    return build_rows(train, test, names=tuple(map(str, range(classes))), client_ids=owner)
+    return build_rows(*pairs, names=tuple(map(str, range(classes))), client_ids=owner)
 
 
 def _bundled(name: str, test_share: float) -> Dataset:
