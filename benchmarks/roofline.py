@@ -39,7 +39,6 @@ from fedjax_qp.federated import Batch, Model, Params
 from fedjax_qp.models import classifier, models
 from fedjax_qp.models.language import gguf
 from fedjax_qp.models.language.adapted import pretrained
-from fedjax_qp.models.registry import character_models
 
 CLASSES, LEARNING_RATE = 10, 0.01
 LENGTH = 128  # tokens of a sequence
@@ -118,7 +117,7 @@ def image_model(name: str, batch: int) -> Subject:
 
 def character_lstm(batch: int) -> Subject:
     """Predicts every character of its windows."""
-    build = character_models.build("char_lstm", (WINDOW,), CHARACTERS, predict="every")
+    build = models.build("char_lstm", (WINDOW,), CHARACTERS, predict="every")
     model = classifier(build, mean=None, std=None, classes=CHARACTERS)
     random = np.random.default_rng(0)
     codes = jnp.asarray(random.integers(0, CHARACTERS, (batch, WINDOW)), jnp.uint8)

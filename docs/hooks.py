@@ -139,4 +139,4 @@ def entry_lines(entry: Entry) -> Iterator[str]:
     yield f"### {entry.name}\n"
     yield f"{entry.idea}\n"
     options = ", ".join(f"`{option}`" for option in entry.shown_options()) or "none"
-    yield f"For: {entry.suits}. Options: {options}.\n"
+    yield f"For: {', '.join(entry.suits)}. Options: {options}.\n"

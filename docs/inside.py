@@ -11,19 +11,19 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- parts: made from `fedjax-qp list` by docs/inside.py -->\n"
 END = "<!-- end of parts -->"
 ROWS = {
-    "methods, any model": (["algorithms"], ("all",)),
-    "methods, LoRA": (["algorithms"], ("language",)),
-    "data": (["sources", "character_sources", "instruction_sources"], None),
-    "partitions": (["partitions"], None),
-    "models": (["models", "character_models", "language_models"], None),
+    "methods, any model": ("algorithms", "all"),
+    "methods, LoRA": ("algorithms", "instructions"),
+    "data": ("sources", None),
+    "partitions": ("partitions", None),
+    "models": ("models", None),
 }
 
 
 def table() -> str:
     """A row for each kind of parts, with their names."""
     lines = ["| kind | names |", "| :-- | :-- |"]
-    for title, (registries, suits) in ROWS.items():
-        found = [one for one in entries() if one.registry in registries and (suits is None or one.suits in suits)]
+    for title, (registry, suits) in ROWS.items():
+        found = [one for one in entries() if one.registry == registry and (suits is None or suits in one.suits)]
         lines.append(f"| {title} | {', '.join(f'`{one.name}`' for one in found)} |")
     return "\n".join([*lines, ""])
 

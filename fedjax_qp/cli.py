@@ -1,6 +1,7 @@
 """The command line: `fedjax-qp new | run | resume | sweep | compare | report | inspect | adapters | answer | …`."""
 
 import contextlib
+import json
 import os
 import sys
 import warnings
@@ -21,6 +22,7 @@ from fedjax_qp.files import keep_programs
 from fedjax_qp.instruments.settings import Settings, What
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.settings import plugins as plugged
 from fedjax_qp.settings.catalogue import check_names
 
 # What help calls them. Their defaults are said in words where they are no values.
@@ -34,6 +36,7 @@ Seeds = Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="SEED [SEED ...]
 Questions = Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="TEXT [TEXT ...]", help_behavior_hint="")]
 Instruments = Annotated[tuple[What, ...], UNSET]
 Output = Annotated[Path | None, UNSET]
+Plugins = Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
       several: processes of one run.
     """
     configs = _configs(config, overrides, seeds)
+    _check_names(configs[0])
     from fedjax_qp.experiment import check, resolve
     from fedjax_qp.runs import processes
     from fedjax_qp.runs.loop import NonFiniteLoss
@@ -102,7 +106,7 @@ def run(config: File, overrides: Overrides = (), *, seeds: Seeds = None, several
 
 
 def _configs(file: Path, overrides: Sequence[str], seeds: Sequence[int] | None) -> list[configuration.Config]:
-    """One configuration for each seed, read and its names checked without loading JAX."""
+    """One configuration for each seed, read without loading JAX."""
     if seeds is not None and (not seeds or len(set(seeds)) < len(seeds)):
         raise ConfigurationError(
             f"--seeds {' '.join(map(str, seeds))}: give each seed once, for example --seeds 0 1 2."
@@ -111,18 +115,27 @@ def _configs(file: Path, overrides: Sequence[str], seeds: Sequence[int] | None) 
         raise ConfigurationError("seed=… beside --seeds: leave one of them out.")
     ends = [[]] if seeds is None else [[f"seed={seed}"] for seed in seeds]
     configs = [configuration.load(file, [*overrides, *end]) for end in ends]
-    check_names(configs[0])
     return configs
 
 
-def resume(run: Run, overrides: Overrides = (), *, several: Joining = ALONE) -> int:
+def _check_names(config: configuration.Config) -> None:
+    """Runs the plug-ins that a configuration names, and looks its names up; loads JAX only where a plug-in does."""
+    plugged.load(config.plugins)
+    check_names(config)
+
+
+def resume(run: Run, overrides: Overrides = (), *, plugins: Plugins = (), several: Joining = ALONE) -> int:
     """Continues an interrupted run from its newest checkpoint.
 
     Args:
       run: the run's folder.
       overrides: settings to change, such as rounds=200.
+      plugins: files or modules that the run needs, where those of its configuration have moved or are a stranger's.
       several: processes of one run.
     """
+    if plugins:
+        named = _load_plugins(plugins)
+        overrides = (*overrides, f"plugins={json.dumps(named)}")
     RunFolder(run).config(overrides)  # a typo comes before JAX is loaded
     from fedjax_qp.runs import processes
     from fedjax_qp.runs.loop import NonFiniteLoss
@@ -136,6 +149,13 @@ def resume(run: Run, overrides: Overrides = (), *, several: Joining = ALONE) -> 
         return 1
 
 
+def _load_plugins(names: Sequence[str]) -> tuple[str, ...]:
+    """Runs the plug-ins that the command line names, relative to the current folder."""
+    found = plugged.located(names, Path())
+    plugged.load(found)
+    return found
+
+
 def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> int:
     """Searches settings: many trials, several seeds each, on all cores or on a Dask cluster. Repeated, it continues.
 
@@ -147,10 +167,10 @@ def sweep(config: File, overrides: Overrides = (), *, check: bool = False) -> in
     from fedjax_qp.sweeps.space import load
 
     loaded = load(config, list(overrides))
-    check_names(configuration.from_dict(loaded.base))
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if "jax" not in sys.modules:  # this process trains nothing, and must not hold the workers' memory
         os.environ["JAX_PLATFORMS"] = "cpu"
+    _check_names(configuration.from_dict(loaded.base))
     try:
         from fedjax_qp.sweeps.run import planned_runs, run_sweep
     except ImportError as error:
@@ -264,6 +284,7 @@ def inspect(
     runs: Runs,
     *,
     what: Instruments = (),
+    plugins: Plugins = (),
     round: Annotated[int | None, UNSET] = None,
     output: Output = None,
     settings: Annotated[Settings, tyro.conf.OmitArgPrefixes] = Settings(),  # noqa: B008 (frozen)
@@ -273,12 +294,14 @@ def inspect(
     Args:
       runs: run folders; several are printed side by side.
       what: instruments; default all that fit the method.
+      plugins: as in `resume`.
       round: of the checkpoint; default the newest.
       output: writes the table as a CSV file.
       settings: sizes and radii.
     """
     if not runs:
         raise ConfigurationError("no run is named: give one or more run folders, such as runs/mnist5k-seed0.")
+    _load_plugins(plugins)
     from fedjax_qp.instruments.inspection import inspect_runs, side_by_side, to_csv
 
     console = Console()
@@ -293,14 +316,22 @@ def inspect(
     return 0
 
 
-def adapters(run: Run, *, output: Output = None, view: Literal["aggregated", "tuned"] = "aggregated") -> int:
+def adapters(
+    run: Run,
+    *,
+    output: Output = None,
+    view: Literal["aggregated", "tuned"] = "aggregated",
+    plugins: Plugins = (),
+) -> int:
     """Writes every client's adapter of an instruction-tuning run as a PEFT folder.
 
     Args:
       run: the run's folder.
       output: where the folders go; default `adapters` in the run's folder.
       view: as after the last aggregation, or as the client left its own training.
+      plugins: as in `resume`.
     """
+    _load_plugins(plugins)
     from fedjax_qp.runs.export import export_clients
     from fedjax_qp.runs.run import restore
 
@@ -319,6 +350,7 @@ def answer(
     client: Annotated[int | None, UNSET] = None,
     view: Literal["aggregated", "tuned"] = "aggregated",
     new_tokens: int = 64,
+    plugins: Plugins = (),
 ) -> int:
     """Prints what a run's model answers to instructions.
 
@@ -328,6 +360,7 @@ def answer(
       client: whose model; default the server's.
       view: as after the last aggregation, or as the client left its own training.
       new_tokens: longest answer.
+      plugins: as in `resume`.
     """
     if not instructions:
         raise ConfigurationError(
@@ -335,6 +368,7 @@ def answer(
         )
     if new_tokens < 1 or (client is not None and client < 0):
         raise ConfigurationError(f"--new-tokens {new_tokens} must be at least 1, and --client at least 0.")
+    _load_plugins(plugins)
     from fedjax_qp.runs.export import answer as answers_of
     from fedjax_qp.runs.export import client_params, language_of
     from fedjax_qp.runs.run import restore
@@ -375,6 +409,7 @@ def memory(
         flags = (f"--xla_force_host_platform_device_count={needed}", "--xla_backend_optimization_level=0")
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags)).strip()
         os.environ["JAX_PLATFORMS"] = "cpu"
+    _check_names(loaded)
     from fedjax_qp.runs.footprint import measure, memory_table
 
     clients = loaded.participation.cohort if clients is None else clients
@@ -390,19 +425,49 @@ def memory(
     return 0
 
 
-def list_parts(what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] = "all") -> int:
+def list_parts(
+    what: Annotated[str, Positional, tyro.conf.arg(metavar="WHAT")] = "all", *, plugins: Plugins = ()
+) -> int:
     """Lists algorithms, data sources, partitions and models with their options and defaults; or explains one of them.
 
     Args:
       what: algorithms, data, partitions, models, all; a name such as fedavg; or a group of settings that belong to none of
         them, such as local, engine or evaluation.
+      plugins: files or modules whose parts are listed too.
     """
+    _load_plugins(plugins)
     from fedjax_qp.console.listing import listing
 
     console = Console()
     for item in listing(what, width=min(console.width, 120)):
         console.print(item, markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def check(
+    files: Annotated[tuple[str, ...], Positional, tyro.conf.arg(metavar="FILE [FILE ...]", help_behavior_hint="")],
+    *,
+    options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[NAME.OPTION=VALUE ...]", help_behavior_hint="")] = (),
+) -> int:
+    """Checks what files or modules of your own register by the laws that this package's methods, data and models keep.
+
+    Args:
+      files: plug-ins, see docs/howto/plugins.md.
+      options: values of options, such as slow_average.step_size=0.7; others have their defaults.
+    """
+    if not files:
+        raise ConfigurationError("no file is named: give one that registers something, such as mine.py.")
+    from fedjax_qp.console.tables import TextTable
+    from fedjax_qp.contract.check import check as checked
+
+    console = Console()
+    given = [configuration.parse_override(option) for option in options]
+    names = plugged.located(files, Path())
+    with console.status("checking"):
+        found = list(checked(names, given))
+    rows = [[one.part, one.law, "passed" if one.passed else "failed", one.reason or ""] for one in found]
+    console.print(TextTable(["part", "law", "", "reason"], rows, words=(3, 0, 1, 2)))
+    return int(not all(one.passed for one in found))
 
 
 def new(name: Annotated[str, Positional, tyro.conf.arg(metavar="NAME")]) -> int:
@@ -430,6 +495,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "answer": answer,
     "memory": memory,
     "list": list_parts,
+    "check": check,
 }
 
 

@@ -20,7 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from fedjax_qp.files import write_whole
 from fedjax_qp.registry import MOST_REASONS, ConfigurationError, reason, unknown_name
-from fedjax_qp.settings import presets, strict
+from fedjax_qp.settings import plugins, presets, strict
 from fedjax_qp.settings.values import (
     Count,
     Finite,
@@ -159,6 +159,7 @@ class Config:
     partition: Part
     model: Part
     algorithm: Part
+    plugins: tuple[PathName, ...] = ()  # files (.py, relative to the configuration's) or modules, see `plugins`
     seed: Seed = 0
     rounds: Count = 100
     folder: PathName = "runs"
@@ -202,24 +203,40 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     check_keys(values, Config)
     prepared = {key: _part(key, value) if key in PARTS else value for key, value in values.items()}
+    locate_plugins(prepared, Path())
     try:
         return pydantic.TypeAdapter(Config).validate_python(prepared)
     except pydantic.ValidationError as error:
         raise ConfigurationError(readable(error)) from None
 
 
+def locate_plugins(values: dict[str, Any], home: Path) -> None:
+    """Makes the paths of plug-ins absolute, in nested dicts of settings.
+
+    Args:
+      home: what they are relative to.
+    """
+    given = values.get("plugins")
+    if isinstance(given, list | tuple) and all(isinstance(name, str | Path) for name in given):
+        values["plugins"] = plugins.located(given, home)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
-    """The inverse of `from_dict`: plain nested dicts, parts flattened as in YAML."""
+    """The inverse of `from_dict`: plain nested dicts, parts flattened as in YAML, plug-ins only where there are some."""
     values = dataclasses.asdict(config)
     for key in PARTS:
         part = values[key]
         values[key] = {"name": part["name"], **part["options"]}
+    named = list(values.pop("plugins"))
+    if named:
+        values["plugins"] = named
     return values
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a YAML file, or a preset (`@mnist5k`), and applies overrides such as `algorithm.alpha=2`, see `change`."""
     values = read_mapping(Path(path))
+    locate_plugins(values, Path(path).expanduser().parent)
     if "config" in values and "algorithm" not in values:
         raise ConfigurationError(f"{path} is a sweep: use `fedjax-qp sweep {path}`.")
     change(values, [parse_override(override) for override in overrides or []])

@@ -88,6 +88,9 @@ class Model(NamedTuple):
     merge: Callable | None = None  # (frozen, trainable) -> frozen with the adapters folded in, where there are adapters
     parts: Parts | None = None  # of a classifier, for methods that work on what its last layer sees
     counted: Callable | None = None  # (Batch) -> number of what `loss` is the mean of; None = the examples in the mask
+    scores: Callable | None = (
+        None  # (sums over a whole test, on the host) -> dict of numbers; None = means of further sums
+    )
 
 
 class Cohort(NamedTuple):

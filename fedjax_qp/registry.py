@@ -6,7 +6,10 @@ means a finite number and its `int` one of sane size, see `settings.values`.
 """
 
 import difflib
+import importlib
 import inspect
+import os
+import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +33,8 @@ _USUAL = {
         "grad_clip": "clip_norm",
     },
 }
+# What a data set may consist of, and a model take; what each kind means for a run is in `tasks`.
+EXAMPLES = ("images", "rows", "characters", "instructions")
 _MOST_NAMES = 12  # listed in a message
 
 
@@ -72,37 +77,76 @@ MOST_REASONS = 3  # of a value, in a message: a list may be wrong in every place
 class Registry:
     """Functions of one kind by name; see the module docstring."""
 
-    def __init__(self, kind: str, common: Callable | None = None):
+    def __init__(self, kind: str, common: Callable | None = None, *, declares_examples: bool = False):
         """Args:
         kind: what its entries are, for messages.
         common: a function whose keyword-only parameters are options of every entry, which are not handed to the entry.
+        declares_examples: whether entries say which kinds of examples they give or take, see `EXAMPLES`.
         """
         self.kind = kind
+        self._declares_examples = declares_examples
+        self._examples: dict[Callable, tuple[str, ...]] = {}
         self._functions: dict[str, Callable] = {}
         self._common = {} if common is None else _keyword_only(common)
         self._adapters: dict[
             tuple[Callable, str], pydantic.TypeAdapter
         ] = {}  # making one takes far longer than using it
 
-    def register(self, function: Callable) -> Callable:
-        """Decorator: adds `function` under its own name.
+    def register(self, *given: Any) -> Callable:
+        """Decorator: adds a function under its own name, in place of what the same file or notebook registered under it.
+
+        Args:
+          *given: the function; or, where entries declare them, the kinds of examples: `@models.register("images", "rows")`.
 
         Raises:
-          ValueError: the name is taken, or one of its options is one that all entries have.
+          ConfigurationError: the name is another's, or one of its options is one that all entries have.
         """
-        if function.__name__ in self._functions:
-            raise ValueError(f"{self.kind} {function.__name__!r} is registered twice")
+        if not self._declares_examples:
+            return self._add(*given)
+        example = f'@….register("{EXAMPLES[0]}")'
+        if not given or not all(isinstance(kind, str) for kind in given):
+            raise ConfigurationError(
+                f"a {self.kind} says what its examples are: {example}, or {', '.join(EXAMPLES[1:])}."
+            )
+        for kind in given:
+            if kind not in EXAMPLES:
+                raise unknown_name("kind of examples", kind, EXAMPLES)
+
+        def add(function: Callable) -> Callable:
+            self._examples[function] = given
+            return self._add(function)
+
+        return add
+
+    def _add(self, function: Callable) -> Callable:
+        other = self._functions.get(function.__name__)
+        require(
+            other is None or not _places(other).isdisjoint(_places(function)),
+            f"{self.kind} {function.__name__!r} is registered already, by {getattr(other, '__module__', '')}: give yours "
+            "another name.",
+        )
         taken = sorted(self._common.keys() & _keyword_only(function).keys())
         if taken:
-            raise ValueError(
+            raise ConfigurationError(
                 f"{self.kind} {function.__name__!r} has the option {taken[0]!r}, which every {self.kind} has already: give "
-                "it another name"
+                "it another name."
             )
         self._functions[function.__name__] = function
         return function
 
-    def names(self) -> list[str]:
-        return sorted(self._functions)
+    @property
+    def functions(self) -> dict[str, Callable]:
+        """The functions by name, as they are now."""
+        return dict(self._functions)
+
+    def names(self, examples: Iterable[str] | None = None) -> list[str]:
+        """The names of all entries, or of those that declare one of these kinds of examples."""
+        wanted = None if examples is None else set(examples)
+        return sorted(name for name in self._functions if wanted is None or wanted & set(self.examples(name)))
+
+    def examples(self, name: str) -> tuple[str, ...]:
+        """The kinds of examples that an entry declares."""
+        return self._examples.get(self[name], ())
 
     def __getitem__(self, name: str) -> Callable:
         if name not in self._functions:
@@ -159,6 +203,18 @@ class Registry:
         if place not in self._adapters:
             self._adapters[place] = pydantic.TypeAdapter(checkable(self.options(name)[key].annotation))
         return self._adapters[place]
+
+
+def _places(function: Callable) -> set[str]:
+    """Where a function comes from: its module, and its file where there is one (a notebook's cells have none)."""
+    file = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", "")
+    return {function.__module__} | ({os.path.realpath(file)} if os.path.isfile(file) else set())
+
+
+def import_modules(package: str, path: Iterable[str]) -> None:
+    """Imports every module of a package, so that what they register is known: a new part is a new file."""
+    for module in pkgutil.walk_packages(path, f"{package}."):
+        importlib.import_module(module.name)
 
 
 def _keyword_only(function: Callable) -> dict[str, inspect.Parameter]:

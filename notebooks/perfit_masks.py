@@ -39,7 +39,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 
 from fedjax_qp import config
-from fedjax_qp.data import instruction_sources
+from fedjax_qp.data import sources
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import Batch
 from fedjax_qp.models.language import lora
@@ -47,7 +47,7 @@ from fedjax_qp.models.language.llama import LlamaConfig, initial_weights
 from fedjax_qp.models.language.pretrained import save_weights
 from fedjax_qp.runs.loop import simulate
 
-records = instruction_sources.build("alpaca_demo").train.records
+records = sources.build("alpaca_demo").train.records
 texts = [f"{record.instruction} {record.context} {record.response}" for record in records]
 print(len(records), "records, such as:", records[0])
 

@@ -28,16 +28,20 @@ def shared_folder() -> Path:
     return SHARED
 
 
+@pytest.fixture
+def own_registries(monkeypatch):
+    """What a test registers, and which plug-ins it runs, is forgotten after it."""
+    from fedjax_qp.experiment import REGISTRIES
+    from fedjax_qp.settings import plugins
+
+    for registry in REGISTRIES.values():
+        monkeypatch.setattr(registry, "_functions", dict(registry._functions))
+    monkeypatch.setattr(plugins, "_loaded", {})
+
+
 @pytest.fixture(scope="session")
 def compilations():
     """A function that counts the programs that XLA has compiled so far."""
-    import jax
+    from fedjax_qp.contract.laws import compilations
 
-    seen: list[str] = []
-
-    def note(event: str, duration: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    return lambda: len(seen)
+    return compilations

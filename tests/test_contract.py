@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from support.contract import TOLERANCE, assert_agree, compiled, reference
+from support.contract import TOLERANCE, candidate, reference
 from support.federations import (
     BATCH,
     CASES,
@@ -14,10 +14,7 @@ from support.federations import (
     MUTATING,
     ROUNDS,
     digits,
-    federation_of,
     language,
-    play,
-    run_rounds,
     small_algorithm,
     small_engine,
     small_model,
@@ -29,8 +26,8 @@ from support.federations import (
 )
 
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.engine.plan import IDLE, Lanes, Plan
-from fedjax_qp.federated import Batch, FederatedState, init_state
+from fedjax_qp.contract import laws
+from fedjax_qp.federated import Batch
 
 # One case of each kind of server, client memory and message; the others are slow here, since each compiles a program of its
 # own. All are traced in the ordinary suite, and run against numpy in the tests of their own files.
@@ -59,26 +56,13 @@ RUNS = [
 LONG = [("perfit", "vmap", 1, 1), ("fedqp-clients", "pmap", 8, 8)]
 
 
-def start_state(case: str) -> FederatedState:
-    return small_state(compiled(case)[0], federation=federation_of(case))
-
-
-def plan_of(case: str, first_round: int, rounds: int) -> Plan:
-    work = small_work(federation_of(case), compiled(case)[0])
-    return small_plan(first_round, rounds, lanes=3, work=work)
-
-
 def test_every_registered_algorithm_is_a_case():
     assert {case.name for case in CASES.values()} == set(algorithms.names())
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_structure_in_is_structure_out(case):
-    before, engine = start_state(case), compiled(case)[1]
-    after, _ = jax.eval_shape(engine.run, before, engine.place_plan(plan_of(case, 0, ROUNDS)))
-    assert jax.tree.structure(before) == jax.tree.structure(after)
-    shapes = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), before, after)
-    assert all(jax.tree.leaves(shapes))
+    laws.structure(candidate(case))
 
 
 @pytest.mark.parametrize(
@@ -86,29 +70,13 @@ def test_structure_in_is_structure_out(case):
     [pytest.param(*run, marks=[pytest.mark.slow] * (run[0] not in QUICK or run in LONG)) for run in RUNS],
 )
 def test_lanes_and_devices_agree(case, parallel, devices, lanes):
-    algorithm, federation = small_algorithm(case), federation_of(case)
-    engine = small_engine(algorithm, parallel, devices, federation)
-    state, metrics = run_rounds(algorithm, engine, lanes, federation=federation)
-    expected_state, expected = reference(case)
-    for name in expected:
-        if name.endswith("/loss"):
-            assert worst_difference(expected[name], metrics[name]) <= TOLERANCE, name
-    np.testing.assert_array_equal(expected["test/count"], metrics["test/count"])
-    assert int(state.round) == ROUNDS
-    assert_agree(case, expected_state, state)
+    laws.layout(candidate(case), parallel, devices, lanes)
 
 
 @pytest.mark.parametrize("case", some("fedavg", "ditto", "perfit-grouped", "flora"))
 def test_the_engine_does_what_the_interface_says(case):
     """Against a plain loop over the clients of a round."""
-    played = play(small_algorithm(case), federation_of(case))
-    state, metrics = reference(case)
-    memories = jax.tree.map(lambda *leaves: np.stack(leaves), *played.memories)
-    assert_agree(case, state, FederatedState(np.int32(ROUNDS), played.server, memories))
-    clients = plan_of(case, 0, ROUNDS).cohorts.clients
-    for number, reports in enumerate(played.metrics):
-        losses = [float(reports[int(client)]["client/loss"]) for client in clients[number]]
-        np.testing.assert_allclose(metrics["client/loss"][number], losses, rtol=TOLERANCE)
+    laws.interface(candidate(case))
 
 
 @pytest.mark.parametrize("case", some(*LANGUAGE))
@@ -124,86 +92,20 @@ def test_methods_of_adapters_report_budget_and_personal_tests(case):
 
 
 @cases
-def test_same_key_same_result(case):
-    state, metrics = run_rounds(*compiled(case), lanes=3, federation=federation_of(case))
-    expected_state, expected = reference(case)
-    for a, b in zip(jax.tree.leaves((state, metrics)), jax.tree.leaves((expected_state, expected)), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@cases
-def test_compiles_once(case, compilations):
-    algorithm, engine = compiled(case)
-    reference(case)
-    before = compilations()
-    run_rounds(algorithm, engine, lanes=3, rounds=3 * ROUNDS, federation=federation_of(case))
-    assert compilations() == before
-
-
-@cases
-def test_restored_state_continues_bitwise(case):
-    algorithm, engine = compiled(case)
-    federation = federation_of(case)
-    through, _ = run_rounds(algorithm, engine, lanes=3, rounds=2 * ROUNDS, federation=federation)
-    halfway = jax.tree.map(lambda leaf: np.array(leaf, copy=True), reference(case)[0])
-    resumed, _ = run_rounds(algorithm, engine, lanes=3, rounds=ROUNDS, state=halfway, federation=federation)
-    for a, b in zip(jax.tree.leaves(through), jax.tree.leaves(resumed), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@cases
-def test_one_program_for_rounds_equals_a_loop(case):
-    """Two rounds in one chunk against two chunks of one round, run by the same program."""
-    _, engine = compiled(case)
-    state = engine.place_states([start_state(case)])
-    for first_round in range(ROUNDS):
-        state, _ = engine.run(state, engine.place_plan(plan_of(case, first_round, 1)))
-    for a, b in zip(jax.tree.leaves(jax.device_get(state)), jax.tree.leaves(reference(case)[0]), strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("law", [laws.same_key, laws.one_program, laws.resuming, laws.chunks, laws.ownership])
+def test_laws_of_every_method(case, law):
+    law(candidate(case))
 
 
 @pytest.mark.parametrize("case", ["fedavg", "fedmut", "fedqp-clients", "ditto", "fedit"])
 def test_padding_is_inert(case):
-    """Three more columns of padding in every batch change nothing."""
-    algorithm, _ = compiled(case)
-    plan = plan_of(case, 0, ROUNDS)
-    padded = np.pad(plan.lanes.examples, [(0, 0)] * 3 + [(0, 3)], constant_values=IDLE)
-    engine = small_engine(algorithm, federation=federation_of(case))
-    state, _ = engine.run(
-        engine.place_states([start_state(case)]),
-        engine.place_plan(plan._replace(lanes=plan.lanes._replace(examples=padded))),
-    )
-    assert worst_difference(reference(case)[0], state) <= TOLERANCE
+    laws.padding(candidate(case))
 
 
 @pytest.mark.parametrize("case", some(*(case for case in CASES if CASES[case].name not in MUTATING)))
 def test_order_in_the_cohort_is_irrelevant(case):
     """Mutating methods are exempt: which mutant a client gets is a draw over the slots."""
-    _, engine = compiled(case)
-    plan = engine.place_plan(_reversed(plan_of(case, 0, ROUNDS)))
-    state, _ = engine.run(engine.place_states([start_state(case)]), plan)
-    assert_agree(case, reference(case)[0], state)
-
-
-def _reversed(plan: Plan) -> Plan:
-    slots = np.where(plan.lanes.slots == IDLE, IDLE, COHORT - 1 - plan.lanes.slots)
-    cohorts = type(plan.cohorts)(*(leaf[:, ::-1] for leaf in plan.cohorts))
-    lanes = Lanes(slots, *plan.lanes[1:])
-    due = np.where(plan.preparations.slots == IDLE, IDLE, COHORT - 1 - plan.preparations.slots)
-    preparations = plan.preparations._replace(slots=due)
-    return plan._replace(cohorts=cohorts, rows=plan.rows[:, ::-1], lanes=lanes, preparations=preparations)
-
-
-@cases
-def test_callers_params_survive_donation(case):
-    algorithm, engine = compiled(case)
-    federation = federation_of(case)
-    params = federation.model.init(jax.random.key(0))
-    before = jax.device_get(params)
-    state = engine.place_states([init_state(algorithm, params, len(federation.parts))])
-    engine.run(state, engine.place_plan(plan_of(case, 0, ROUNDS)))
-    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
-        np.testing.assert_array_equal(a, b)
+    laws.order(candidate(case))
 
 
 @pytest.mark.parametrize(

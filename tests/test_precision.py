@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import language
 
 from fedjax_qp import config
+from fedjax_qp.contract import language
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import Batch, Model

@@ -7,12 +7,8 @@ Options that are floats may be arrays when runs with different values share a pr
 them, do not branch on them (`registry.is_zero` tells a plain 0). Options of other types are always plain values.
 """
 
-import importlib
-import pkgutil
-
-from fedjax_qp.registry import Registry
+from fedjax_qp.registry import Registry, import_modules
 
 algorithms = Registry("algorithm")
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+import_modules(__name__, __path__)

@@ -37,7 +37,9 @@ def understood(arguments: list[str], commands: Mapping[str, Callable]) -> list[s
         if positive in found:  # the parser takes the last one
             raise ConfigurationError(f"--{option} is given twice: keep one.")
         found.add(positive)
-    return [name, *_with_seeds_apart(rest)] if name == "run" else arguments
+    for option in {"seeds", "plugins"} & options:
+        rest = _with_values_apart(rest, f"--{option}")
+    return [name, *rest]
 
 
 def _options(command: Callable) -> set[str]:
@@ -66,9 +68,9 @@ def _unknown_option(command: str, option: str, value: str, options: set[str]) ->
     )
 
 
-def _with_seeds_apart(arguments: list[str]) -> list[str]:
-    """`--seeds=0,1` and `--seeds 0,1` as `--seeds 0 1`, and settings that follow the seeds before them."""
-    places = [place for place, one in enumerate(arguments) if one.partition("=")[0] == "--seeds"]
+def _with_values_apart(arguments: list[str], option: str) -> list[str]:
+    """`--seeds=0,1` and `--seeds 0,1` as `--seeds 0 1`, and settings that follow the values before them."""
+    places = [place for place, one in enumerate(arguments) if one.partition("=")[0] == option]
     if not places:
         return arguments
     start = places[0]
@@ -77,5 +79,11 @@ def _with_seeds_apart(arguments: list[str]) -> list[str]:
     )
     given = [arguments[start].partition("=")[2], *arguments[start + 1 : end]]
     settings = [one for one in given if "=" in one]
-    seeds = [seed for one in given if "=" not in one for seed in re.split("[, ]+", one) if seed]
-    return [*arguments[:start], *settings, "--seeds", *seeds, *arguments[end:]]
+    values = [
+        value
+        for one in given
+        if "=" not in one
+        for value in re.split("[, ]+" if option == "--seeds" else ",", one)
+        if value
+    ]
+    return [*arguments[:start], *settings, option, *values, *arguments[end:]]

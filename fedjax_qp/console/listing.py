@@ -40,7 +40,7 @@ def _table(registry: str, width: int) -> str:
     indent = max(len(entry.name) for entry in found) + 4
     lines = [f"{KINDS[registry].title}s", ""]
     for entry in found:
-        lines += _wrapped(f"  {entry.name.ljust(indent - 2)}{entry.idea} [{entry.suits}]", indent, width)
+        lines += _wrapped(f"  {entry.name.ljust(indent - 2)}{entry.idea} [{', '.join(entry.suits)}]", indent, width)
         options = [option.replace(" ", _UNBROKEN) for option in entry.shown_options()]
         lines += _wrapped(" " * indent + ", ".join(options), indent, width)
     return "\n".join([*lines, ""])
@@ -56,5 +56,5 @@ def _explanation(entry: Entry) -> str:
     kind = KINDS[entry.registry]
     file = entry.of_file if kind.part == "algorithm" else ""
     options = ", ".join(entry.shown_options()) or "none"
-    texts = (f"{kind.title} {entry.name}", file, entry.text, f"For: {entry.suits}", f"Options: {options}")
+    texts = (f"{kind.title} {entry.name}", file, entry.text, f"For: {', '.join(entry.suits)}", f"Options: {options}")
     return "\n\n".join(text for text in texts if text)

@@ -1,7 +1,7 @@
 """What a source of images or characters gives, and the checks that every one of them passes."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -14,20 +14,27 @@ MOST_CLASSES = 100_000  # of a set of labelled images; the largest have 20,000
 DARK = 64
 
 
+Target = Literal["classes", "labels", "numbers"]
+"""What is predicted: one of several classes, which of several labels apply, or numbers."""
+
+
 class Dataset(NamedTuple):
-    """Training and test examples of one source, images or windows of text; numpy arrays.
+    """Training and test examples of one source: images, rows or windows of text; numpy arrays.
 
     Partitions index into `train`, so its order is part of the source: that of the original files where it is known.
     """
 
-    train: Examples  # inputs uint8 [N, H, W, C], or codes of characters uint8 [N, T]; labels int32 [N]
+    train: Examples  # inputs: pixels uint8 [N, H, W, C], codes of characters uint8 [N, T], or rows [N, …]; labels int32 [N],
+    # or uint8 [N, classes] (0 and 1) where they are labels, or float32 [N, classes] where they are numbers
     test: Examples
-    classes: int
+    classes: int  # or labels, or numbers
     class_names: tuple[str, ...] = ()  # () where the source does not name them
     client_ids: Int[np.ndarray, "N"] | None = None  # who made each training example, where the source knows
-    mean: tuple[float, ...] | None = (0.5,)  # per channel, of pixels scaled to 0 … 1; None for codes
+    mean: tuple[float, ...] | None = (0.5,)  # per channel, of pixels scaled to 0 … 1; None for codes and rows
     std: tuple[float, ...] | None = (0.5,)
     notes: tuple[str, ...] = ()  # what a user should know of the data before a run
+    examples: str = ""  # their kind, see `registry.EXAMPLES`; "" = the one that the source declares
+    target: Target = "classes"
 
 
 def build_dataset(
@@ -77,7 +84,14 @@ def build_dataset(
         )
     notes = (*_notes_on_pixels(ends), *_notes_on_classes(examples, classes))
     return Dataset(
-        *examples, classes=classes, class_names=names, client_ids=client_ids, mean=half, std=half, notes=notes
+        *examples,
+        classes=classes,
+        class_names=names,
+        client_ids=client_ids,
+        mean=half,
+        std=half,
+        notes=notes,
+        examples="images",
     )
 
 

@@ -3,11 +3,11 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Int32, UInt8
+from jaxtyping import Array, Shaped
 
 
 class Examples(NamedTuple):
     """Labelled inputs, on the host (numpy) or on the device (JAX)."""
 
-    inputs: UInt8[np.ndarray | Array, "N *shape"]  # pixels [N, H, W, C], or codes of characters [N, T]
-    labels: Int32[np.ndarray | Array, "N"]
+    inputs: Shaped[np.ndarray | Array, "N *shape"]  # bytes: pixels [N, H, W, C], codes of characters [N, T]; or rows
+    labels: Shaped[np.ndarray | Array, "N *classes"]  # int32 [N]; of rows also [N, classes], see `dataset.Target`

@@ -18,8 +18,8 @@ from jaxtyping import Int
 from fedjax_qp.data.cached import cached
 from fedjax_qp.data.dataset import Dataset, build_dataset
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.data.images.sources import sources
-from fedjax_qp.data.text.characters import WINDOW, character_dataset, character_sources, codes
+from fedjax_qp.data.registry import sources
+from fedjax_qp.data.text.characters import WINDOW, character_dataset, codes
 from fedjax_qp.registry import ConfigurationError, require
 from fedjax_qp.settings.strict import load_json, read_text
 from fedjax_qp.settings.values import shown
@@ -29,7 +29,7 @@ LETTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 KEYS = ("users", "num_samples", "user_data")
 
 
-@sources.register
+@sources.register("images")
 def femnist(*, folder: str) -> Dataset:
     """FEMNIST out of LEAF's JSON files: handwritten digits and letters, 28×28, 62 classes, by writer.
 
@@ -53,7 +53,7 @@ def femnist(*, folder: str) -> Dataset:
     return dataset._replace(notes=(note, *dataset.notes))
 
 
-@character_sources.register
+@sources.register("characters")
 def shakespeare_leaf(*, folder: str) -> Dataset:
     """Shakespeare out of LEAF's JSON files: windows of 80 characters and the next character, by role.
 

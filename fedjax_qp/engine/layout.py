@@ -10,7 +10,7 @@ import jax
 
 from fedjax_qp.config import Config, Engine
 from fedjax_qp.engine.devices import cores
-from fedjax_qp.models import language_models
+from fedjax_qp.models import models
 from fedjax_qp.registry import ConfigurationError
 
 
@@ -155,10 +155,11 @@ def _check_model_devices(config: Config, layout: Layout, available: int) -> None
             f"{given} with engine.parallel = 'pmap', which knows no second axis of devices: choose shard_map (or vmap with "
             "engine.devices = 1), or 1."
         )
-    if config.model.name not in language_models.names():
+    fitting = models.names(["instructions"])
+    if config.model.name not in fitting:
         raise ConfigurationError(
             f"{given}, but model = {config.model.name!r} has no frozen weights to share: choose 1 and raise engine.devices, "
-            f"or one of {', '.join(language_models.names())}."
+            f"or one of {', '.join(fitting)}."
         )
     needed = layout.devices * layout.model_devices
     if needed > available:

@@ -3,10 +3,11 @@
 from fedjax_qp.experiment.advice import advice
 from fedjax_qp.experiment.assembly import Experiment, build, check
 from fedjax_qp.experiment.methods import declared, differing_settings, local_optimizer, method, traced_settings
-from fedjax_qp.experiment.parts import defaults, is_whole_number, of_language_model, registries, resolve
+from fedjax_qp.experiment.parts import REGISTRIES, defaults, is_whole_number, kind_of, resolve
 from fedjax_qp.experiment.start import first_state, start_engine
 
 __all__ = [
+    "REGISTRIES",
     "Experiment",
     "advice",
     "build",
@@ -16,10 +17,9 @@ __all__ = [
     "differing_settings",
     "first_state",
     "is_whole_number",
+    "kind_of",
     "local_optimizer",
     "method",
-    "of_language_model",
-    "registries",
     "resolve",
     "start_engine",
     "traced_settings",

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from fedjax_qp.config import Config
-from fedjax_qp.data import check_dataset, check_partition, instruction_sources, partitions
+from fedjax_qp.data import check_partition, partitions, sources
 from fedjax_qp.engine import Method
 from fedjax_qp.engine.devices import cores_as_devices
 from fedjax_qp.engine.layout import check_lanes, check_layout
@@ -18,12 +18,12 @@ from fedjax_qp.experiment.checks import (
     check_state,
 )
 from fedjax_qp.experiment.methods import declared, method
-from fedjax_qp.experiment.parts import FITTING, registry_of, resolve
+from fedjax_qp.experiment.parts import fitting, kind_of, resolve
 from fedjax_qp.federated import Algorithm, Model
-from fedjax_qp.models import language_models
+from fedjax_qp.models import models
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.streams import Stream, generator
-from fedjax_qp.tasks import Task, classification_task, instruction_task
+from fedjax_qp.tasks import KINDS, Task
 
 
 class Experiment(NamedTuple):
@@ -83,21 +83,22 @@ def _build_task(config: Config, algorithm: Algorithm, like: Experiment | None) -
     """Reads the data, deals it to the clients, and makes what the engine takes."""
     if like is not None and _task_settings(config, algorithm) == _task_settings(like.config, like.algorithm):
         return like.task
-    kind = registry_of("data", config.data.name)
-    fitting = FITTING[kind]
     shared = like if like is not None and like.config.data == config.data else None
     dataset: Any = shared.task.dataset if shared is not None else None
     if dataset is None:
-        dataset = kind[config.data.name](**config.data.options)
-        if kind is not instruction_sources:
-            check_dataset(dataset)
+        dataset = sources[config.data.name](**config.data.options)
+    given = sources.examples(config.data.name)
+    kind = KINDS[fitting(config, [dataset.examples] if dataset.examples else given)]
+    if shared is None:
+        kind.check(dataset)
     numbers = generator(config.seed, Stream.PARTITION)
-    parts = partitions[config.partition.name](dataset, numbers, **partitions.own(config.partition.options))
+    parts = partitions[config.partition.name](
+        kind.in_classes(dataset), numbers, **partitions.own(config.partition.options)
+    )
     check_partition(parts, dataset)
-    if fitting is language_models:
-        task = instruction_task(config, dataset, parts, rank_factor=algorithm.rank_factor)
-        return task._replace(dataset=dataset)
-    task = classification_task(config, dataset, parts, fitting)
+    task = kind.task(config, dataset, parts, algorithm)
+    if kind.tunes_adapters:
+        return task
     evaluated = ("model", "evaluation", "precision")
     if shared is not None and all(getattr(shared.config, part) == getattr(config, part) for part in evaluated):
         task = task._replace(model=shared.model, test=shared.task.test)  # a model of its own would compile anew
@@ -121,16 +122,12 @@ def check(config: Config) -> Algorithm:
     """
     check_lanes(config)
     algorithm = declared(config)
-    fitting = FITTING[registry_of("data", config.data.name)]
-    if registry_of("model", config.model.name) is not fitting:
-        raise ConfigurationError(
-            f"model = {config.model.name!r} does not fit data = {config.data.name!r}: choose one of "
-            f"{', '.join(fitting.names())}."
-        )
-    if algorithm.tunes_adapters and fitting is not language_models:
+    kind_of(config)  # whether the model fits the data
+    if algorithm.tunes_adapters and not kind_of(config).tunes_adapters:
+        kinds = [name for name, kind in KINDS.items() if kind.tunes_adapters]
         raise ConfigurationError(
             f"algorithm = {config.algorithm.name!r} tunes the LoRA adapters of a language model, but model = "
-            f"{config.model.name!r} has none: choose model = {' or '.join(language_models.names())} with instruction data, "
+            f"{config.model.name!r} has none: choose model = {' or '.join(models.names(kinds))} with instruction data, "
             "or another algorithm such as fedavg."
         )
     if config.evaluation.stop_at_target and config.evaluation.target_accuracy is None:

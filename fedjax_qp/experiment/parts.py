@@ -2,43 +2,35 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedjax_qp import config as configuration
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config, Part
-from fedjax_qp.data import character_sources, instruction_sources, partitions, sources
-from fedjax_qp.models import character_models, language_models, models
-from fedjax_qp.registry import ConfigurationError, Registry, unknown_name
+from fedjax_qp.data import partitions, sources
+from fedjax_qp.models import models
+from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.settings import plugins
 from fedjax_qp.settings.values import takes
+from fedjax_qp.tasks import KINDS, Kind
 
-# The kinds of data, and the models that take each.
-FITTING = {sources: models, character_sources: character_models, instruction_sources: language_models}
-_REGISTRIES: dict[str, tuple[Registry, ...]] = {
-    "data": tuple(FITTING),
-    "partition": (partitions,),
-    "model": tuple(FITTING.values()),
-    "algorithm": (algorithms,),
-}
-
-
-def registries() -> list[Registry]:
-    """All that a configuration can name something of."""
-    return [registry for kinds in _REGISTRIES.values() for registry in kinds]
+REGISTRIES: dict[str, Registry] = {"data": sources, "partition": partitions, "model": models, "algorithm": algorithms}
+"""Of each part of a configuration, what it can name."""
 
 
 def resolve(config: Config) -> Config:
     """Fills in the options of all parts; unknown or ill-typed ones are errors."""
+    plugins.load_installed()
     parts = {}
-    for key in _REGISTRIES:
+    for key in REGISTRIES:
         part: Part = getattr(config, key)
-        parts[key] = Part(part.name, registry_of(key, part.name).resolve(part.name, part.options))
+        parts[key] = Part(part.name, REGISTRIES[key].resolve(part.name, part.options))
     resolved = dataclasses.replace(config, **parts)
-    kind = resolved.partition.options["test"]
-    if kind != "common" and resolved.data.name in instruction_sources.names():
+    test = resolved.partition.options["test"]
+    if test != "common" and KINDS[sources.examples(resolved.data.name)[0]].clients_have_tests:
         raise ConfigurationError(
-            f"partition.test = {kind!r}, but clients of instruction data have tests of their own already: choose common, and "
+            f"partition.test = {test!r}, but clients of instruction data have tests of their own already: choose common, and "
             "text.test_records for their number."
         )
     return resolved
@@ -53,11 +45,11 @@ def defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     nothing = Part("")
     found = dataclasses.asdict(Config(name="any", data=nothing, partition=nothing, model=nothing, algorithm=nothing))
     del found["name"], found["seed"]  # what tells runs apart
-    for key in _REGISTRIES:
+    for key in REGISTRIES:
         found[key] = {}
         with contextlib.suppress(ConfigurationError):
             name = values.get(key, {}).get("name", "")
-            options = registry_of(key, name).options(name)
+            options = REGISTRIES[key].options(name)
             found[key] = {option: p.default for option, p in options.items() if p.default is not p.empty}
     return found
 
@@ -71,21 +63,32 @@ def is_whole_number(setting: str, names: Mapping[str, str]) -> bool:
     """
     head, _, option = setting.partition(".")
     annotation = configuration.annotation(setting)
-    if head in _REGISTRIES:
+    if head in REGISTRIES:
         with contextlib.suppress(ConfigurationError, KeyError):  # found when the trial is checked
-            annotation = registry_of(head, names[head]).options(names[head])[option].annotation
+            annotation = REGISTRIES[head].options(names[head])[option].annotation
     return takes(annotation, int) and not takes(annotation, float)
 
 
-def of_language_model(config: Config) -> bool:
-    """Whether the run trains a language model."""
-    return registry_of("model", config.model.name) is language_models
+def kind_of(config: Config) -> Kind:
+    """What the examples of a run mean for it, as far as that is known before they are read.
+
+    Raises:
+      ConfigurationError: the model takes none of the kinds of examples that the source gives.
+    """
+    return KINDS[fitting(config, sources.examples(config.data.name))]
 
 
-def registry_of(key: str, name: str) -> Registry:
-    """The registry that has a name."""
-    found = [registry for registry in _REGISTRIES[key] if name in registry.names()]
-    if not found:
-        kind = _REGISTRIES[key][0].kind
-        raise unknown_name(kind, name, [name for registry in _REGISTRIES[key] for name in registry.names()])
-    return found[0]
+def fitting(config: Config, given: Sequence[str]) -> str:
+    """The first of the kinds of examples that the source gives which the model takes.
+
+    Raises:
+      ConfigurationError: there is none; the models that do take one are named.
+    """
+    taken = models.examples(config.model.name)
+    for kind in given:
+        if kind in taken:
+            return kind
+    raise ConfigurationError(
+        f"model = {config.model.name!r} does not fit data = {config.data.name!r}: it takes {' or '.join(taken)}, not "
+        f"{' or '.join(given)}: choose one of {', '.join(models.names(given))}."
+    )

@@ -13,7 +13,7 @@ from fedjax_qp.algorithms.fedmut import MutationServer
 from fedjax_qp.config import Config, Part
 from fedjax_qp.engine import cut_test_set
 from fedjax_qp.engine.layout import fewest_lanes
-from fedjax_qp.experiment import Experiment, build, first_state, method, of_language_model
+from fedjax_qp.experiment import Experiment, build, first_state, kind_of, method
 from fedjax_qp.federated import Algorithm, FederatedState, Params
 from fedjax_qp.instruments.objective import Objective
 from fedjax_qp.instruments.replay import Replay, make_replay
@@ -22,6 +22,7 @@ from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.programs import layout_of
 from fedjax_qp.runs.provenance import provenance
+from fedjax_qp.settings import plugins
 from fedjax_qp.streams import Stream, generator
 
 Source = Literal["last", "next"]
@@ -68,7 +69,8 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     """
     read = RunFolder(folder)
     config = read.config()
-    if of_language_model(config):
+    plugins.load_of_run(read, config.plugins)
+    if kind_of(config).tunes_adapters:
         raise ConfigurationError(
             f"{folder} is a run of the language model {config.model.name!r}, whose clients have models of their own: the "
             "instruments look at one global model. Use `fedjax-qp compare` for perplexities, or give a run on images."
@@ -78,6 +80,11 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
         raise ConfigurationError(f"{folder} has no checkpoint yet: let it run, or `fedjax-qp resume {folder}`.")
     experiment = build(_on_one_device(config), like.experiment if like is not None else None)
     layout = layout_of(read) or fewest_lanes(experiment.config.engine)
+    if experiment.task.shares is None:
+        raise ConfigurationError(
+            f"{folder} predicts no classes (data = {config.data.name!r}), by which the instruments measure: give a run that "
+            "does."
+        )
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
     return InspectedRun(

@@ -54,10 +54,10 @@ def constructor(name: str) -> Callable[..., Part]:
 
 def _constructor(entry: Entry) -> Callable[..., Part]:
     def make(**options: Any) -> Part:
-        from fedjax_qp.experiment.parts import registry_of
+        from fedjax_qp.experiment.parts import REGISTRIES
 
         given = {key: _as_in_yaml(value) for key, value in options.items()}
-        registry_of(KINDS[entry.registry].part, entry.name).resolve(entry.name, given)
+        REGISTRIES[KINDS[entry.registry].part].resolve(entry.name, given)
         return Part(entry.name, given)
 
     make.__name__ = make.__qualname__ = entry.name
@@ -103,6 +103,9 @@ def _as_in_yaml(value: Any) -> Any:
 class Arrays(NamedTuple):
     """Your own images or rows as arrays, in the place of a data source.
 
+    Bytes [N, H, W] or [N, H, W, C] with a class each are images, and all other numbers are rows of any shape. Labels of rows
+    are whole numbers [N] or texts (classes), 0 and 1 [N, L] (which of L labels apply), or floats [N] or [N, T] (numbers).
+
     They are written to a file beside the runs, so that these can be continued and inspected: `data=fq.arrays(path=FILE)`
     means the same.
 
@@ -110,7 +113,7 @@ class Arrays(NamedTuple):
       >>> fq.run(data=fq.Arrays(train=(x, y), test=(x_test, y_test)), partition=fq.iid(clients=10), …)
     """
 
-    train: "tuple[np.ndarray, np.ndarray]"  # inputs, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N]
+    train: "tuple[np.ndarray, np.ndarray]"  # inputs and labels
     test: "tuple[np.ndarray, np.ndarray]"
     client_ids: "np.ndarray | None" = None  # whose each training example is, for partition=fq.natural()
     class_names: "np.ndarray | None" = None  # strings, one a class

@@ -19,6 +19,7 @@ from fedjax_qp.library.progress import Progress
 from fedjax_qp.library.results import Runs, load
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.settings import plugins
 from fedjax_qp.settings.values import shown
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ PartLike = Part | str | Mapping[str, Any]  # as in YAML, a name alone or a mappi
 class Settings(TypedDict, total=False):
     """The settings of a run that have defaults, see `config.Config`."""
 
+    plugins: Sequence[str | Path]
     rounds: int
     precision: str
     local: Local
@@ -67,7 +69,7 @@ def run(
       folder: where the run folders go, as on the command line, to be continued (by the same call, or `fedjax-qp resume`) and
         kept. Default: a temporary folder, which goes away with the returned object; the records are then in memory only.
       progress: shows how far the runs are, in a notebook or a terminal.
-      **settings: `rounds`, `precision` and the groups `local`, `text`, `participation`, `engine`, `evaluation`,
+      **settings: `plugins`, `rounds`, `precision` and the groups `local`, `text`, `participation`, `engine`, `evaluation`,
         `checkpoints`, `tracking`, such as `local=fq.Local(learning_rate=0.05)`. Those that are left out have the defaults
         of a configuration file, but nothing is tracked where no folder is named.
 
@@ -219,7 +221,9 @@ class Warner(Console):
 
 
 def _config(**settings: Any) -> Config:
-    return configuration.from_dict({key: _as_mapping(value) for key, value in settings.items()})
+    config = configuration.from_dict({key: _as_mapping(value) for key, value in settings.items()})
+    plugins.load(config.plugins)
+    return config
 
 
 def _as_mapping(value: Any) -> Any:

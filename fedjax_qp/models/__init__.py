@@ -7,12 +7,16 @@ A language model is one function of its options that returns an `AdaptedModel`: 
 
 A network is called as `network(inputs [B, H, W, C], mask [B], train=bool)` and returns logits [B, classes], which its layer
 `last` makes of its `features`.
-One of `character_models` takes inputs [B, T], and may return logits of every position in training, [B, T, classes].
+One of windows of characters takes inputs [B, T], and may return logits of every position in training, [B, T, classes].
+
+A model declares the kinds of examples that it takes: `@models.register("images", "rows")`. Every file of this folder is
+imported: to add a model, write one that registers it.
 """
 
-from fedjax_qp.models import cnn, lenet, mlp, recurrent, resnet, vgg  # noqa: F401  (they register themselves)
 from fedjax_qp.models.classifier import classifier
-from fedjax_qp.models.language import adapted  # noqa: F401
-from fedjax_qp.models.registry import character_models, language_models, models
+from fedjax_qp.models.registry import models
+from fedjax_qp.registry import import_modules
 
-__all__ = ["character_models", "classifier", "language_models", "models"]
+__all__ = ["classifier", "models"]
+
+import_modules(__name__, __path__)

@@ -1,4 +1,4 @@
-"""A network as the pure functions that algorithms train: normalised inputs, masked cross-entropy, sums per class."""
+"""A network as the pure functions that algorithms train: scaled inputs, masked losses, sums over tests."""
 
 import math
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
 from fedjax_qp.federated import Batch, Model, Params, Parts
+from fedjax_qp.models.heads import Head
 from fedjax_qp.models.layers import Network
 from fedjax_qp.registry import ConfigurationError
 
@@ -22,8 +23,11 @@ def classifier(
     mean: tuple[float, ...] | float | None = 0.5,
     std: tuple[float, ...] | float | None = 0.5,
     classes: int,
+    scale: Callable[[Array], Array] | None = None,
+    head: Head | None = None,
+    has_classes: bool = True,
 ) -> Model:
-    """Returns the model of a classifier of images or of windows of text; batches hold `Examples`.
+    """Returns the model of a network on images, rows or windows of text; batches hold `Examples`.
 
     Parameters and statistics are plain nested dicts, one array for each kernel and each bias.
 
@@ -31,7 +35,10 @@ def classifier(
       build: makes the network from its random numbers; see `fedjax_qp.models`. The model has parts if that is a `Network`.
       mean: of the pixels scaled to 0 … 1, one number or one for each channel; None leaves the inputs alone (codes).
       std: likewise.
-      classes: number of classes.
+      classes: number of classes, or of other outputs.
+      scale: makes of a batch's inputs what the network sees, in place of mean and std.
+      head: loss and tests; None: those of a classifier of images or text.
+      has_classes: whether the outputs are scores of classes, so that the model has parts.
 
     Raises:
       ConfigurationError: the network has more weights than MOST_WEIGHTS.
@@ -51,6 +58,8 @@ def classifier(
         return _params(build(nnx.Rngs(params=key)))
 
     def scaled(inputs: Array) -> Array:
+        if scale is not None:
+            return scale(inputs)
         return inputs if mean is None or std is None else normalise(inputs, mean, std)
 
     def forward(params: Params, batch: Batch, *, train: bool) -> tuple[Float[Array, "B classes"], PyTree]:
@@ -60,10 +69,14 @@ def classifier(
 
     def loss(frozen: Any, params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], PyTree]:
         logits, statistics = forward(params, batch, train=True)
+        if head is not None:
+            return head.losses(logits, batch).sum() / jnp.maximum(batch.mask.sum(), 1), statistics
         return mean_cross_entropy(logits, batch), statistics
 
     def evaluate(frozen: Any, params: Params, batch: Batch) -> dict[str, Array]:
         logits, _ = forward(params, batch, train=False)
+        if head is not None:
+            return {"loss": head.losses(logits, batch).sum(), **head.sums(logits, batch)}
         hits = (logits.argmax(-1) == batch.examples.labels) & batch.mask
         labels = jax.nn.one_hot(batch.examples.labels, classes)
         return {"loss": _losses(logits, batch).sum(), "correct": hits @ labels, "count": batch.mask @ labels}
@@ -79,8 +92,11 @@ def classifier(
     def classify(params: Params, features: Float[Array, "B F"]) -> Float[Array, "B classes"]:
         return whole(params).last(features)
 
-    parts = Parts(features, classify, *abstract.last.kernel.shape) if _learns_features(abstract) else None
-    return Model(init=init, loss=loss, evaluate=evaluate, parts=parts)
+    parts = (
+        Parts(features, classify, *abstract.last.kernel.shape) if has_classes and _learns_features(abstract) else None
+    )
+    scores = None if head is None else head.scores
+    return Model(init=init, loss=loss, evaluate=evaluate, parts=parts, scores=scores)
 
 
 def normalise(

@@ -32,7 +32,7 @@ class FemnistCNN(Network):
         return self.dense2
 
 
-@models.register
+@models.register("images")
 def femnist_cnn(
     input_shape: tuple[int, int, int], classes: int, *, convolution: Form = "auto"
 ) -> Callable[[nnx.Rngs], nnx.Module]:
@@ -74,7 +74,7 @@ class SimpleCNN(Network):
         return self.dense2
 
 
-@models.register
+@models.register("images")
 def simple_cnn(
     input_shape: tuple[int, int, int], classes: int, *, convolution: Form = "auto"
 ) -> Callable[[nnx.Rngs], nnx.Module]:

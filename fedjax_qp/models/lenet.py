@@ -54,7 +54,7 @@ class LeNet(Network):
         return self.dense3
 
 
-@models.register
+@models.register("images")
 def lenet(
     input_shape: tuple[int, int, int],
     classes: int,

@@ -39,15 +39,15 @@ class Perceptron(Network):
         return getattr(self, f"dense{self.layers}")
 
 
-@models.register
+@models.register("images", "rows")
 def mlp(
     input_shape: tuple[int, ...], classes: int, *, hidden: tuple[int, ...] = (200, 200)
 ) -> Callable[[nnx.Rngs], nnx.Module]:
-    """Multilayer perceptron on the flattened image.
+    """Multilayer perceptron on the flattened input.
 
     Args:
       input_shape: height, width, channels; or any other.
-      classes: number of classes.
+      classes: number of classes, labels or numbers to predict.
       hidden: sizes of the hidden layers; () is logistic regression.
 
     Raises:
@@ -61,3 +61,14 @@ def mlp(
             "without units out."
         )
     return lambda rngs: Perceptron((math.prod(input_shape), *hidden, classes), rngs=rngs)
+
+
+@models.register("images", "rows")
+def linear(input_shape: tuple[int, ...], classes: int) -> Callable[[nnx.Rngs], nnx.Module]:
+    """One dense layer on the flattened input: logistic regression, or linear regression of numbers.
+
+    Args:
+      input_shape: any.
+      classes: number of classes, labels or numbers to predict.
+    """
+    return mlp(input_shape, classes, hidden=())

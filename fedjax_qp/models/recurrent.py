@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from pydantic import Field
 
 from fedjax_qp.models.layers import Dense, uniform_fan_in
-from fedjax_qp.models.registry import character_models
+from fedjax_qp.models.registry import models
 from fedjax_qp.registry import ConfigurationError
 
 MOST_UNITS, MOST_LAYERS = 100_000, 100
@@ -116,7 +116,7 @@ class CharacterLSTM(nnx.Module):
         return self.dense(outputs[-1])
 
 
-@character_models.register
+@models.register("characters")
 def char_lstm(
     input_shape: tuple[int, ...],
     classes: int,

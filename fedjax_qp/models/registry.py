@@ -2,12 +2,8 @@
 
 from fedjax_qp.registry import ConfigurationError, Registry
 
-models = Registry("model")
-"""Networks that classify images, by name."""
-character_models = Registry("text model")
-"""Networks that classify windows of characters, by name."""
-language_models = Registry("language model")
-"""Language models with adapters, by name."""
+models = Registry("model", declares_examples=True)
+"""Models, by name; each declares the kinds of examples that it takes."""
 
 
 def require_size(model: str, input_shape: tuple[int, ...], smallest: int, remedy: str) -> None:

@@ -71,7 +71,7 @@ class ResNet(Network):
         return self.dense
 
 
-@models.register
+@models.register("images")
 def resnet18(
     input_shape: tuple[int, int, int],
     classes: int,

@@ -45,7 +45,7 @@ class VGG(Network):
         return self.dense
 
 
-@models.register
+@models.register("images")
 def vgg16(
     input_shape: tuple[int, int, int],
     classes: int,

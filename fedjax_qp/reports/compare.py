@@ -12,8 +12,10 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fedjax_qp import config as configuration
@@ -24,7 +26,7 @@ from fedjax_qp.watch import Watch
 
 # Where and how a run was computed, and how long; what it computes in a round does not depend on it. `engine.lanes` is even
 # measured anew in each run.
-_ARRANGEMENT = ("folder", "engine", "checkpoints", "tracking", "rounds", "evaluation")
+_ARRANGEMENT = ("folder", "plugins", "engine", "checkpoints", "tracking", "rounds", "evaluation")
 _MISSING = "–"
 
 
@@ -85,6 +87,7 @@ class Row(NamedTuple):
     unequal: list[str]  # what besides the algorithm differs from the baseline (or the first method)
     unfinished: list[str]  # runs that diverged or did not come to their end, or whose records have gaps
     remarks: list[str]  # what else a reader must know of its runs
+    tests: Mapping[str, Spread | None] = MappingProxyType({})  # further "test_…" numbers: mean of the last evaluations
 
 
 def load_runs(folders: Iterable[Path]) -> list[Run]:
@@ -243,7 +246,14 @@ def _row(method: Method, base: Method | None, reference: Method, last: int, targ
             f"seed {_seed(run)} {state}" for run in method.runs for state in (unfinished(run), incomplete(run)) if state
         ],
         remarks=_remarks(method),
+        tests={name: over_seeds(partial(_last_mean, name=name, last=last)) for name in _further_tests(method)},
     )
+
+
+def _further_tests(method: Method) -> list[str]:
+    """The numbers of tests that are recorded besides the loss and the accuracy."""
+    names = {name for run in method.runs for record in run.records for name in record if name.startswith("test_")}
+    return sorted(names - {"test_loss", "test_accuracy"})
 
 
 def _watched_means(method: Method) -> dict[str, Spread | None]:

@@ -42,18 +42,27 @@ def plot_comparison(runs: list[Run], path: str | Path, *, window: int | None = N
     columns = _legend_columns(found)
     figure = Figure(figsize=(11, 4.4 + 0.22 * -(-len(found) // columns)), layout="constrained")
     headline, loss = figure.subplots(1, 2)
-    language = any(of_language_model(run.records) for run in runs)
+    language, numbers = (
+        any(of_language_model(run.records) for run in runs),
+        all(_of_numbers(run.records) for run in runs),
+    )
     if language:
         _draw_methods(headline, found, "personal/perplexity/mean", 1, window)
     else:
-        _draw_methods(headline, found, "test_accuracy", 100, window)
+        _draw_methods(headline, found, *(("test_r2", 1) if numbers else ("test_accuracy", 100)), window)
     _draw_methods(loss, found, "train_loss", 1, window)
-    finish_axes(headline, "perplexity on clients' own tests, mean" if language else "test accuracy (%)")
+    finish_axes(headline, _headline(language, numbers))
     finish_axes(loss, "training loss (nats)")
     handles, labels = headline.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=4)
     save(figure, path)
     return figure
+
+
+def _headline(language: bool, numbers: bool) -> str:
+    if language:
+        return "perplexity on clients' own tests, mean"
+    return "R² on the test set" if numbers else "test accuracy (%)"
 
 
 class ShownFigure(Figure):
@@ -95,6 +104,9 @@ def plot_run(records: list[dict], path: str | Path, *, title: str = "", watched:
     panels = list(figure.subplots(1, count))
     if of_language_model(records):
         _draw_perplexities(panels[0], records)
+    elif _of_numbers(records):
+        _draw_line(panels[0], records, "test_r2", 0, "global model, whole test set")
+        finish_axes(panels[0], "R²")
     else:
         _draw_accuracies(panels[0], records)
     _draw_line(panels[1], records, "train_loss", 1, "training (mean over examples)")
@@ -118,6 +130,11 @@ def plot_run(records: list[dict], path: str | Path, *, title: str = "", watched:
 def of_language_model(records: list[dict]) -> bool:
     """Whether perplexities were recorded."""
     return any("perplexity" in record.get("personal", {}) for record in records)
+
+
+def _of_numbers(records: list[dict]) -> bool:
+    """Whether numbers were predicted, not classes."""
+    return any("test_r2" in record for record in records)
 
 
 def _draw_accuracies(axes: Axes, records: list[dict]) -> None:

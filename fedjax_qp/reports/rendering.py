@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def as_dict(value: Any) -> Any:
         return None
     if isinstance(value, tuple) and (named := getattr(value, "_asdict", None)) is not None:
         return {key: as_dict(item) for key, item in named().items()}
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: as_dict(item) for key, item in value.items()}
     return value
 
@@ -59,11 +59,22 @@ def grid(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         "final (%)": lambda row: _shown(row.final, scale=100),
         "best (%)": lambda row: _shown(row.best, scale=100),
         "worst decile (%)": lambda row: _shown(row.worst_decile, scale=100),
+        **{test_heading(name): partial(_shown_test, name) for row in rows for name in row.tests},
         target: _shown_rounds,
         **{label: partial(_shown_watched, label) for row in rows for label in row.watched},
         f"minus {(baselines or [''])[0]} (points)": _shown_difference,
     }
     return without_empty(list(columns), [[cell(row) for cell in columns.values()] for row in rows], _MISSING)
+
+
+def test_heading(name: str) -> str:
+    """What a number of the tests is called in tables and figures."""
+    return {"test_r2": "R²", "test_f1": "F1", "test_auc": "AUC", "test_mse": "MSE"}.get(name, name.replace("_", " "))
+
+
+def _shown_test(name: str, row: Row) -> str:
+    found = row.tests.get(name)
+    return _shown(found, digits=4 if found is not None and abs(found.mean) < 10 else 2)
 
 
 def _shown_watched(label: str, row: Row) -> str:
@@ -83,13 +94,13 @@ def _shown_difference(row: Row) -> str:
     return _shown(points, sign="+") + count
 
 
-def _shown(spread: Spread | None, *, scale: float = 1, sign: str = "") -> str:
+def _shown(spread: Spread | None, *, scale: float = 1, sign: str = "", digits: int = 2) -> str:
     if spread is None:
         return _MISSING
     if not math.isfinite(spread.mean):
         return _BROKEN
-    mean = f"{scale * spread.mean:{sign}.2f}"
-    return mean if spread.std is None else f"{mean} ± {scale * spread.std:.2f}"
+    mean = f"{scale * spread.mean:{sign}.{digits}f}"
+    return mean if spread.std is None else f"{mean} ± {scale * spread.std:.{digits}f}"
 
 
 def notes(rows: list[Row]) -> list[str]:

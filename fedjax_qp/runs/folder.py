@@ -55,6 +55,7 @@ class RunFolder:
         self.layout = JsonFile(
             path / "layout.json"
         )  # lanes and devices, and the program that it shares with other runs
+        self.plugins = path / "plugins"  # copies of those that it needs
         # While it goes on.
         self.records_file = path / "records.jsonl"
         self.times = Times(path / "times.jsonl")

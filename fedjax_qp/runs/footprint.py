@@ -26,7 +26,7 @@ from fedjax_qp.engine.layout import check_layout, most_lanes
 from fedjax_qp.engine.plan import Plan, Workload, plan_chunk
 from fedjax_qp.experiment import declared, method, resolve
 from fedjax_qp.federated import Algorithm, FederatedState, Model
-from fedjax_qp.models import language_models
+from fedjax_qp.models import models
 from fedjax_qp.models.language import gguf, lora
 from fedjax_qp.models.language.llama import LlamaConfig, abstract_weights, split_axes
 from fedjax_qp.models.language.model import language_model
@@ -150,10 +150,11 @@ def memory_table(config: Config, memory: Memory) -> Table:
 
 def _folder(config: Config) -> Path:
     """The model's folder."""
-    if config.model.name not in language_models.names():
+    models_there = models.names(["instructions"])
+    if config.model.name not in models_there:
         raise ConfigurationError(
             f"model = {config.model.name!r}: memory is counted for language models only; choose one of "
-            f"{', '.join(language_models.names())}."
+            f"{', '.join(models_there)}."
         )
     return gguf.smollm2() if config.model.name == "smollm2" else Path(os.path.expanduser(config.model.options["path"]))
 

@@ -130,7 +130,9 @@ def simulate(
             return _nonfinite(experiment, *clients)
         # Only clients' own tests are reported by it.
         seen = taken_part(experiment.work, 0, first_round) if experiment.task.personal is not None else set()
-        return Chunk(state, chunk_records(metrics, plan, first_round, experiment.task.shares, seen))
+        return Chunk(
+            state, chunk_records(metrics, plan, first_round, experiment.task.shares, seen, experiment.model.scores)
+        )
 
     if not bounds:
         return

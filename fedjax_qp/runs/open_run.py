@@ -21,6 +21,7 @@ from fedjax_qp.runs.loop import Chunk, NonFiniteLoss
 from fedjax_qp.runs.provenance import Provenance
 from fedjax_qp.runs.times import Time
 from fedjax_qp.runs.trackers import Trackers
+from fedjax_qp.settings import plugins
 
 
 def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
@@ -29,6 +30,7 @@ def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
     with writing(folder.partition_figure):
         plot_partition(task.counts, folder.partition_figure, class_names=task.class_names)
     folder.environment.write(environment())
+    plugins.keep(folder.plugins, experiment.config.plugins)
     made_of.write(folder.path)
     folder.save_watches(experiment.algorithm.watch)
     folder.save_config(experiment.config)  # last: its presence marks a run

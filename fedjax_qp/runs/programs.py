@@ -22,7 +22,7 @@ from rich.console import Console
 from fedjax_qp import config as configuration
 from fedjax_qp.config import Config
 from fedjax_qp.engine import Layout
-from fedjax_qp.experiment import Experiment, first_state, of_language_model, resolve, traced_settings
+from fedjax_qp.experiment import Experiment, first_state, kind_of, resolve, traced_settings
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs import processes
@@ -66,7 +66,7 @@ def _fixed_settings(config: Config) -> dict:
     """
     flat = configuration.flat(configuration.to_dict(config) | {"tracking": "free"})
     free = {*_FREE, *traced_settings(config)}
-    if not of_language_model(config) and config.partition.options["test"] == "common":
+    if not kind_of(config).clients_have_tests and config.partition.options["test"] == "common":
         floats = {name for name, value in flat.items() if name.startswith("partition.") and isinstance(value, float)}
         free |= {"seed", *floats}
     return {name: "free" if name in free else value for name, value in flat.items()}

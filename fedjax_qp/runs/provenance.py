@@ -20,6 +20,7 @@ from fedjax_qp.data import Instructions
 from fedjax_qp.experiment import Experiment
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
+from fedjax_qp.settings import plugins
 
 # What depends on these settings alone, so that runs that agree in them must have the same.
 _COMMON = {"data": "data", "frozen weights": "model", "tokenizer": "model", "model configuration": "model"}
@@ -65,7 +66,8 @@ class Provenance(NamedTuple):
             read_by = "" if _READ_BY_PACKAGES.isdisjoint(changed) else by_packages
             raise ConfigurationError(
                 f"{folder} was begun with other content: {', '.join(changed)} differ{'s' if len(changed) == 1 else ''} from "
-                f"what {_places(self.settings)} hold now. Restore what was there, or start a new run under another name."
+                f"what {_places(self.settings, changed)} hold now. Restore what was there, or start a new run under "
+                "another name."
                 f"{read_by}"
             )
         return True
@@ -134,7 +136,8 @@ def _digests(experiment: Experiment, known: _Known) -> dict[str, str]:
     for thing, content in found.values():
         if id(thing) not in known.wholes:
             known.wholes[id(thing)] = thing, _digest(content(), known.leaves)
-    return {name: known.wholes[id(thing)][1] for name, (thing, _) in found.items()}
+    of_plugins = {f"plug-in {name}": digest for name, digest in plugins.digests(experiment.config.plugins).items()}
+    return {name: known.wholes[id(thing)][1] for name, (thing, _) in found.items()} | of_plugins
 
 
 def _present(tree: Any, mask: Any) -> Any:
@@ -177,9 +180,9 @@ def _leaf_digest(leaf: Any) -> str:
     return found.hexdigest()
 
 
-def _places(settings: dict[str, Any]) -> str:
-    """The data and the model of a run as its configuration names them."""
-    named = []
+def _places(settings: dict[str, Any], changed: Iterable[str] = ()) -> str:
+    """The data and the model of a run as its configuration names them, and the plug-ins if one of these has changed."""
+    named = ["its plug-ins"] if any(name.startswith("plug-in ") for name in changed) else []
     for part in ("data", "model"):
         value = settings[part]
         place = next((str(value[key]) for key in ("path", "files", "folder", "file") if value.get(key)), value["name"])

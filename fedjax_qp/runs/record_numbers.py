@@ -60,7 +60,8 @@ def headline(record: dict) -> tuple[str, float | None] | None:
     personal = record.get("personal")
     if personal is not None and "perplexity" in personal and len(record.get("class_accuracy") or ()) < 2:
         return "perplexity", personal["perplexity"].get("mean")
-    return ("accuracy", record["test_accuracy"]) if "test_accuracy" in record else None
+    named = {"accuracy": "test_accuracy", "R²": "test_r2"}
+    return next(((name, record[key]) for name, key in named.items() if key in record), None)
 
 
 def nonfinite_tests(records: Iterable[dict]) -> str | None:

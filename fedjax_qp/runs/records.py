@@ -21,7 +21,7 @@ and the quantiles that touch it are null too, and the view names these clients u
 test examples are left out. Nothing depends on the clock: two runs that compute the same bits write the same bytes.
 """
 
-from collections.abc import Set
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,7 @@ def chunk_records(
     first_round: int,
     label_shares: Float[np.ndarray, "K C"] | None,
     seen: Set[int] = frozenset(),
+    scores: Callable[[dict[str, np.ndarray]], dict[str, float]] | None = None,
 ) -> list[dict]:
     """Turns the metrics of one chunk into records.
 
@@ -54,6 +55,7 @@ def chunk_records(
       label_shares: share of each class in each client's training examples, rows sum to 1; None for a language model, whose
         tests count tokens.
       seen: clients that have taken part in earlier rounds.
+      scores: the model's, which makes further numbers of its sums over the test set; see `federated.Model`.
 
     Returns:
       One record per round in use; see the module docstring. Means over clients leave out those that dropped out.
@@ -64,6 +66,7 @@ def chunk_records(
         seen |= {int(client) for client in np.asarray(plan.cohorts.clients[index])[_reporting(plan, index)]}
         record = _record(row, plan, index, first_round + index + 1, label_shares)
         if bool(plan.evaluate[index]):
+            record |= _further_tests(row, scores)
             language = label_shares is None
             record |= {view: _view(row, view, seen, language) for view in VIEWS if f"{view}/loss" in row}
         records.append(record)
@@ -129,10 +132,14 @@ def _mean_over_clients(
 
 
 def _test_entries(row: dict[str, np.ndarray], label_shares: Float[np.ndarray, "K C"] | None) -> dict:
-    correct, count = (np.asarray(row[f"test/{name}"], np.float64) for name in ("correct", "count"))
+    count = np.asarray(row["test/count"], np.float64)
+    loss = _plain(quotient(np.asarray(row["test/loss"], np.float64), count.sum()))
+    if "test/correct" not in row:
+        return {"test_loss": loss}
+    correct = np.asarray(row["test/correct"], np.float64)
     by_class = quotient(correct, count)
     entries = {
-        "test_loss": _plain(quotient(np.asarray(row["test/loss"], np.float64), count.sum())),
+        "test_loss": loss,
         "test_accuracy": _plain(quotient(correct.sum(), count.sum())),
         "class_accuracy": _plain(by_class),
     }
@@ -140,6 +147,22 @@ def _test_entries(row: dict[str, np.ndarray], label_shares: Float[np.ndarray, "K
         of_clients = mixture_accuracy(by_class, label_shares)
         entries["client_accuracy"] = _spread(of_clients[np.isfinite(of_clients)])
     return entries
+
+
+def _further_tests(
+    row: dict[str, np.ndarray], scores: Callable[[dict[str, np.ndarray]], dict[str, float]] | None
+) -> dict[str, Any]:
+    """Whatever else the model measures on the test set, by name: its scores, or the means of its further sums."""
+    sums = {name.removeprefix("test/"): np.asarray(value) for name, value in row.items() if name.startswith("test/")}
+    if scores is None:
+        further = [name for name in sums if name not in ("loss", "correct", "count")]
+        found = {
+            name: quotient(sums[name].astype(np.float64), np.asarray(sums["count"].sum(), np.float64))
+            for name in further
+        }
+    else:
+        found = scores(sums)
+    return {f"test_{name}": _plain(value) for name, value in sorted(found.items())}
 
 
 def mixture_accuracy(

@@ -27,6 +27,7 @@ from fedjax_qp.runs.provenance import Provenance, check_beside, provenance
 from fedjax_qp.runs.startup import Startup
 from fedjax_qp.runs.trackers import check_trackers
 from fedjax_qp.runs.training import Outcome, Stop, train
+from fedjax_qp.settings import plugins
 
 
 class Member(NamedTuple):
@@ -64,7 +65,9 @@ def resume(folder: Path, overrides: Sequence[str] = (), console: Console | None 
       NonFiniteLoss: its training left the finite numbers.
     """
     kept = RunFolder(folder)
-    return _alone(Member(resolve(kept.config(overrides)), kept), _check_resumed, console)
+    config = kept.config(overrides)
+    plugins.load_of_run(kept, config.plugins)
+    return _alone(Member(resolve(config), kept), _check_resumed, console)
 
 
 def run_all(
@@ -125,7 +128,9 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
       ConfigurationError: no run in the folder, no checkpoint yet, or its data or weights are no longer the same.
     """
     kept = RunFolder(folder)
-    experiment = build(kept.config())
+    config = kept.config()
+    plugins.load_of_run(kept, config.plugins)
+    experiment = build(config)
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)
     with kept.checkpoints(keep=experiment.config.checkpoints.keep) as checkpoints:
@@ -310,7 +315,7 @@ class _Group:
 
 # --- what may be begun, continued and changed -------------------------------------------------------------------------
 
-_MAY_CHANGE = ("rounds", "engine.", "evaluation.", "checkpoints.", "tracking.")
+_MAY_CHANGE = ("rounds", "plugins:", "engine.", "evaluation.", "checkpoints.", "tracking.")
 """Settings that do not touch what has already been computed."""
 
 
@@ -335,7 +340,7 @@ def _check_resumed(member: Member) -> None:
     if refused:
         raise ConfigurationError(
             f"resuming cannot change {'; '.join(refused)}: the rounds already run would not belong to the same run. "
-            f"Allowed: {', '.join(name.rstrip('.') for name in _MAY_CHANGE)}. Start a new run for the rest."
+            f"Allowed: {', '.join(name.rstrip('.:') for name in _MAY_CHANGE)}. Start a new run for the rest."
         )
     lines = folder.records(missing_ok=True)
     if lines and config.rounds < lines[-1]["round"]:
@@ -350,7 +355,9 @@ def _check_same_settings(member: Member) -> None:
     if not folder.holds_run():
         return
     changed = [
-        line for line in _changes(folder.config(), config) if not line.startswith(("rounds", "engine.", "folder"))
+        line
+        for line in _changes(folder.config(), config)
+        if not line.startswith(("rounds", "plugins", "engine.", "folder"))
     ]
     if changed:
         raise ConfigurationError(

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedjax_qp.config import PARTS, Config
-from fedjax_qp.registry import unknown_name
+from fedjax_qp.registry import EXAMPLES, unknown_name
+from fedjax_qp.settings import plugins
 
 
 class Kind(NamedTuple):
@@ -21,19 +22,15 @@ class Kind(NamedTuple):
 
     part: str  # of a configuration: data, partition, model or algorithm
     title: str  # the registry's `kind`, for messages
-    suits: str  # the data it is for
 
 
 KINDS = {
-    "algorithms": Kind("algorithm", "algorithm", "all"),
-    "sources": Kind("data", "data source", "images"),
-    "character_sources": Kind("data", "text source", "characters"),
-    "instruction_sources": Kind("data", "instruction source", "language"),
-    "partitions": Kind("partition", "partition", "all"),
-    "models": Kind("model", "model", "images"),
-    "character_models": Kind("model", "text model", "characters"),
-    "language_models": Kind("model", "language model", "language"),
+    "algorithms": Kind("algorithm", "algorithm"),
+    "sources": Kind("data", "data source"),
+    "partitions": Kind("partition", "partition"),
+    "models": Kind("model", "model"),
 }
+ANY = ("all",)  # what suits every kind of examples
 _PACKAGE = Path(__file__).parents[1]
 _FOLDERS = ("algorithms", "data", "models")
 # Where the options stand that all entries of a registry have, see `registry.Registry`.
@@ -45,7 +42,7 @@ class Entry(NamedTuple):
 
     registry: str
     name: str
-    suits: str
+    suits: tuple[str, ...]  # the kinds of examples that it gives, takes or is for
     text: str  # its docstring
     of_file: str  # the docstring of its file
     options: dict[str, str | None]  # with their defaults as written; None = there is none
@@ -60,6 +57,7 @@ class Entry(NamedTuple):
 
 def entries() -> list[Entry]:
     """All entries by registry and name, with what others have registered in registries that are loaded."""
+    plugins.load_installed()
     known = _of_package()
     return [*known, *_of_others({(entry.registry, entry.name) for entry in known})]
 
@@ -87,20 +85,26 @@ def check_names(config: Config) -> None:
 def _of_package() -> tuple[Entry, ...]:
     files = [file for folder in _FOLDERS for file in sorted((_PACKAGE / folder).rglob("*.py"))]
     found = [entry for file in files for entry in _of_file(file.read_text(encoding="utf-8"))]
-    return tuple(sorted(found, key=lambda entry: ([*KINDS].index(entry.registry), entry.name)))
+    return tuple(sorted(found, key=_order))
+
+
+def _order(entry: Entry) -> tuple[int, int, str]:
+    """By registry, then by the kinds of examples, then by name."""
+    return [*KINDS].index(entry.registry), [*ANY, *EXAMPLES].index(entry.suits[0]), entry.name
 
 
 def _of_file(source: str) -> Iterator[Entry]:
-    if ".register\n" not in source:
+    if ".register" not in source:
         return
     tree = ast.parse(source)
     for node in tree.body:
-        registry = _registry(node) if isinstance(node, ast.FunctionDef) else None
-        if isinstance(node, ast.FunctionDef) and registry is not None:
+        found = _registered(node) if isinstance(node, ast.FunctionDef) else None
+        if isinstance(node, ast.FunctionDef) and found is not None:
+            registry, examples = found
             yield Entry(
                 registry,
                 node.name,
-                "language" if _tunes_adapters(source) else KINDS[registry].suits,
+                ("instructions",) if _tunes_adapters(source) else examples or ANY,
                 ast.get_docstring(node) or "",
                 ast.get_docstring(tree) or "",
                 _options(node) | _common_options(registry),
@@ -121,15 +125,14 @@ def _common_options(registry: str) -> dict[str, str | None]:
     return next(_options(node) for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
-def _registry(function: ast.FunctionDef) -> str | None:
-    """The registry of a function that is decorated with `@registry.register`."""
+def _registered(function: ast.FunctionDef) -> tuple[str, tuple[str, ...]] | None:
+    """Where a function is registered, and for which examples: by `@registry.register` or `@registry.register("rows")`."""
     for decorator in function.decorator_list:
-        if (
-            isinstance(decorator, ast.Attribute)
-            and decorator.attr == "register"
-            and isinstance(decorator.value, ast.Name)
-        ):
-            return decorator.value.id if decorator.value.id in KINDS else None
+        called = decorator.func if isinstance(decorator, ast.Call) else decorator
+        if isinstance(called, ast.Attribute) and called.attr == "register" and isinstance(called.value, ast.Name):
+            examples = decorator.args if isinstance(decorator, ast.Call) else []
+            declared = tuple(ast.literal_eval(kind) for kind in examples)
+            return (called.value.id, declared) if called.value.id in KINDS else None
     return None
 
 
@@ -147,4 +150,4 @@ def _of_others(known: set[tuple[str, str]]) -> Iterator[Entry]:
                 function, options = registry[name], registry.options(name)
                 written = {one: None if o.default is o.empty else repr(o.default) for one, o in options.items()}
                 file = inspect.getdoc(inspect.getmodule(function)) or ""
-                yield Entry(key, name, KINDS[key].suits, inspect.getdoc(function) or "", file, written)
+                yield Entry(key, name, registry.examples(name) or ANY, inspect.getdoc(function) or "", file, written)

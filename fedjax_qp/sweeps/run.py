@@ -22,6 +22,7 @@ from fedjax_qp import config as configuration
 from fedjax_qp.console.terminal import leave, listening
 from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.programs import groups, remembered_programs
+from fedjax_qp.settings import plugins
 from fedjax_qp.sweeps import search
 from fedjax_qp.sweeps.results import said, summary, table, write_comparison, write_results
 from fedjax_qp.sweeps.schedule import connect, run_tasks, workers_of
@@ -57,6 +58,7 @@ def run_sweep(sweep: Sweep, console: Console | None = None, *, platforms: str | 
         is found before any compute.
     """
     console = console or Console()
+    plugins.load(sweep.base.get("plugins", ()))
     plan = search.planned(sweep)
     platforms = os.environ.get("JAX_PLATFORMS", "") if platforms is None else platforms
     with Store(sweep) as store:

@@ -27,7 +27,6 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pydantic
 from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass
@@ -167,6 +166,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Sweep:
         if isinstance(values.get(key), str):
             values[key] = str(presets.located(path).expanduser().parent / Path(values[key]).expanduser())
     of_file = values.pop("overrides", None)
+    if isinstance(of_file, dict):
+        configuration.locate_plugins(of_file, path.expanduser().parent)
     given = [configuration.parse_override(override) for override in overrides or []]
     configuration.change(values, given, _place)
     return _sweep(values, [of_file, values.pop("overrides", None)])
@@ -192,6 +193,8 @@ def listed(dimension: Dimension) -> list[Any] | None:
         return list(dimension)
     if dimension.points is None:
         return None
+    import numpy as np  # a typo in the file is answered without it
+
     space = np.geomspace if dimension.log else np.linspace
     numbers = space(dimension.low, dimension.high, dimension.points)
     # Floating point adds something: 0.30000000000000004 is meant to be 0.3. Whole numbers may coincide.
@@ -230,6 +233,7 @@ def _sweep(values: dict[str, Any], overrides: list[Any]) -> Sweep:
 
 def _base(config: str, overrides: list[Any]) -> dict[str, Any]:
     values = configuration.read_mapping(Path(config))
+    configuration.locate_plugins(values, Path(config).expanduser().parent)
     for changes in overrides:
         changes = _mapping("overrides", changes or {})
         for key in changes:
@@ -316,6 +320,7 @@ def _check_variant(sweep: Sweep, variant: Variant) -> None:
     given = [*variant.settings, *(field for key in variant.space for field in fields(key))]
     for key in given:
         _check_field(f"the field {key}", key)
+        require(key != "plugins", "plugins are the same in all trials: name them in the base, or in `overrides`.")
     twice = sorted({key for key in given if given.count(key) > 1})
     require(not twice, f"variant {variant.name!r} both sets and searches {', '.join(twice)}, or does so twice: do one.")
     for key, dimension in variant.space.items():

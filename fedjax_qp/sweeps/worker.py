@@ -14,6 +14,7 @@ from rich.console import Console
 from fedjax_qp import config as configuration
 from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import run_all
+from fedjax_qp.settings import plugins
 from fedjax_qp.sweeps.space import COMPARISON, EarlyStopping
 from fedjax_qp.sweeps.trials import Phase, Trial, curve, open_storage, read_attempt, read_history, run_locks, trial_id
 
@@ -63,8 +64,10 @@ def execute(task: Task) -> None:
             if not held or _left_behind(task) or all(RunFolder(run.folder).ended() for run in task.runs):
                 return
             judge = Judge(task)
+            configs = [configuration.from_dict(run.config) for run in task.runs]
+            plugins.load(configs[0].plugins)  # the same for all: no trial may change them
             run_all(
-                [configuration.from_dict(run.config) for run in task.runs],
+                configs,
                 console,
                 stop=judge.verdict,
                 beside=sorted(task.runs[0].phase.folder.glob("*/")),

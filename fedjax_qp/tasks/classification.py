@@ -6,25 +6,34 @@ import numpy as np
 from fedjax_qp.config import Config
 from fedjax_qp.data import Dataset, Examples, hold_out, label_counts, match, own_counts
 from fedjax_qp.engine import cut_client_tests, cut_test_set
-from fedjax_qp.models.classifier import classifier
+from fedjax_qp.federated import Model
+from fedjax_qp.models import classifier, models
 from fedjax_qp.precision import in_precision
-from fedjax_qp.registry import ConfigurationError, Registry
+from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.streams import Stream, generator
 from fedjax_qp.tasks.task import Task
 
 
-def classification_task(config: Config, dataset: Dataset, parts: list[np.ndarray], networks: Registry) -> Task:
+def classification_task(config: Config, dataset: Dataset, parts: list[np.ndarray]) -> Task:
     """The task of classifying labelled inputs; every client is judged by its mixture of the classes.
 
     With `partition.test` clients have tests of their own besides.
+    """
+    build = models[config.model.name](dataset.train.inputs.shape[1:], dataset.classes, **config.model.options)
+    model = classifier(build, mean=dataset.mean, std=dataset.std, classes=dataset.classes)
+    return prediction_task(config, dataset, dataset, parts, model)
+
+
+def prediction_task(
+    config: Config, dataset: Dataset, in_classes: Dataset, parts: list[np.ndarray], model: Model
+) -> Task:
+    """The task of predicting what belongs to an input, with a model that is given.
 
     Args:
-      networks: the registry that has the configuration's model.
+      in_classes: the same examples with one class each, by which partitions and tests are counted.
     """
-    build = networks[config.model.name](dataset.train.inputs.shape[1:], dataset.classes, **config.model.options)
-    parts, tests = _client_tests(config, dataset, parts)
-    counts = label_counts(parts, np.asarray(dataset.train.labels), dataset.classes)
-    model = classifier(build, mean=dataset.mean, std=dataset.std, classes=dataset.classes)
+    parts, tests = _client_tests(config, in_classes, parts)
+    counts = label_counts(parts, np.asarray(in_classes.train.labels), in_classes.classes)
     return Task(
         model=model._replace(evaluate=in_precision(model.evaluate, config.precision)),
         frozen=(),
@@ -36,7 +45,7 @@ def classification_task(config: Config, dataset: Dataset, parts: list[np.ndarray
         parts=parts,
         sizes=[len(part) for part in parts],
         counts=counts,
-        class_names=dataset.class_names,
+        class_names=in_classes.class_names,
         shares=counts / counts.sum(1, keepdims=True),
         dataset=dataset,
         notes=(*dataset.notes, *_untested(tests)),

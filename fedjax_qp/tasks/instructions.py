@@ -15,7 +15,7 @@ from fedjax_qp.data.partition import hold_out
 from fedjax_qp.data.text.instructions import Instructions, Record
 from fedjax_qp.data.text.sequences import Encoded, Sequences, encode, pack, padding_share
 from fedjax_qp.engine import cut_client_tests, cut_test_set
-from fedjax_qp.models import language_models
+from fedjax_qp.models import models
 from fedjax_qp.models.language.adapted import AdaptedModel
 from fedjax_qp.models.language.llama import check_length, split_axes
 from fedjax_qp.precision import in_precision
@@ -35,7 +35,7 @@ def instruction_task(config: Config, data: Instructions, parts: list[np.ndarray]
       ConfigurationError: a client has too few records, or nothing of them fits the cut-off.
     """
     text = config.text
-    language = language_models[config.model.name](rank_factor, **config.model.options)
+    language = models[config.model.name](rank_factor, **config.model.options)
     records = data.train.records
 
     def encoded(owner: str, some: Iterable[Record]) -> Encoded:

@@ -11,7 +11,7 @@ from support.runs import SMALL, write
 from fedjax_qp import cli, config
 from fedjax_qp.console.listing import listing
 from fedjax_qp.engine.devices import cores
-from fedjax_qp.experiment import check, registries, resolve
+from fedjax_qp.experiment import REGISTRIES, check, resolve
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.settings import catalogue
@@ -204,7 +204,7 @@ def test_the_catalogue_is_what_is_registered():
     kinds = {kind.title: key for key, kind in catalogue.KINDS.items()}
     registered = {
         (kinds[registry.kind], name, option, "" if parameter.default is parameter.empty else repr(parameter.default))
-        for registry in registries()
+        for registry in REGISTRIES.values()
         for name in registry.names()
         for option, parameter in [*registry.options(name).items(), ("", registry.options)]
         if not callable(parameter)
@@ -215,7 +215,7 @@ def test_the_catalogue_is_what_is_registered():
         for option, default in entry.options.items()
     }
     assert written == registered
-    names = {(kinds[registry.kind], name) for registry in registries() for name in registry.names()}
+    names = {(kinds[registry.kind], name) for registry in REGISTRIES.values() for name in registry.names()}
     assert {(entry.registry, entry.name) for entry in catalogue.entries()} == names
 
 
@@ -243,7 +243,7 @@ def test_what_an_algorithm_is_for_is_what_it_says_of_itself():
                     )
                 )
             )
-            assert built.tunes_adapters == (entry.suits == "language"), entry.name
+            assert built.tunes_adapters == (entry.suits == ("instructions",)), entry.name
             assert built.rank_factor == int(entry.options.get("expansion") or 1), entry.name
 
 

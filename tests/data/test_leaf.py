@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fedjax_qp.data import character_sources, partitions, sources
+from fedjax_qp.data import partitions, sources
 from fedjax_qp.data.text.characters import CHARACTERS, UNKNOWN
 from fedjax_qp.registry import ConfigurationError
 
@@ -67,7 +67,7 @@ def test_shakespeare_by_role(tmp_path):
     write(tmp_path, "train", 0, {"HAMLET_HAMLET": windows([0, 1, 2]), "LEAR_FOOL": windows([5])})
     x, y = windows([9])
     write(tmp_path, "test", 0, {"LEAR_FOOL": ([x[0][:-1] + "é"], y)})
-    dataset = character_sources.build("shakespeare_leaf", folder=str(tmp_path))
+    dataset = sources.build("shakespeare_leaf", folder=str(tmp_path))
     read = ["".join(CHARACTERS[code] for code in row) for row in dataset.train.inputs]
     assert read == [TEXT[k : k + 80] for k in (0, 1, 2, 5)] and dataset.train.inputs.dtype == np.uint8
     assert "".join(CHARACTERS[label] for label in dataset.train.labels) == TEXT[80:83] + TEXT[85]
@@ -81,7 +81,7 @@ def test_changed_files_are_read_again(tmp_path):
     write(tmp_path, "test", 0, {"a": windows([0])})
     for starts in ([0], [3, 4]):
         write(tmp_path, "train", 0, {"a": windows(starts)})
-        assert len(character_sources.build("shakespeare_leaf", folder=str(tmp_path)).train.labels) == len(starts)
+        assert len(sources.build("shakespeare_leaf", folder=str(tmp_path)).train.labels) == len(starts)
 
 
 X, Y = windows([0, 1])
@@ -120,11 +120,10 @@ PIXELS = [[0.5] * 784] * 2
     ],
 )
 def test_bad_examples_are_named_by_file_and_user(tmp_path, source, data, message):
-    registry = sources if source == "femnist" else character_sources
     file = write(tmp_path, "train", 3, data)
     write(tmp_path, "test", 0, {})
     with pytest.raises(ConfigurationError, match=message) as error:
-        registry.build(source, folder=str(tmp_path))
+        sources.build(source, folder=str(tmp_path))
     assert file.name in str(error.value) or "hold no examples" in message
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
@@ -132,7 +131,7 @@ def test_bad_examples_are_named_by_file_and_user(tmp_path, source, data, message
 def test_bad_files(tmp_path):
     def refused(message):
         with pytest.raises(ConfigurationError, match=message):
-            character_sources.build("shakespeare_leaf", folder=str(tmp_path))
+            sources.build("shakespeare_leaf", folder=str(tmp_path))
 
     refused(r"no JSON files in .*train; folder = .* LEAF's folders train and test")
     file = write(tmp_path, "train", 0, {"ANN": windows([0])})
@@ -165,9 +164,9 @@ def test_bad_files(tmp_path):
         refused(message)
     for accepted in ({"hierarchies": ["PLAY"]}, {"hierarchies": []}, {"hierarchies": None}, {"other": 1}):
         file.write_text("\ufeff" + json.dumps({**content, **accepted}))
-        assert len(character_sources.build("shakespeare_leaf", folder=str(tmp_path)).train.labels) == 1
+        assert len(sources.build("shakespeare_leaf", folder=str(tmp_path)).train.labels) == 1
     (tmp_path / "train" / "gone.json").symlink_to("nowhere")
     refused("gone.json cannot be read")
     for folder in ("~nosuchuser/x", "a" * 300):
         with pytest.raises(ConfigurationError, match="no JSON files"):
-            character_sources.build("shakespeare_leaf", folder=folder)
+            sources.build("shakespeare_leaf", folder=folder)

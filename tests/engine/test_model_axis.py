@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
-from support.language import SIZES, personal_tests, sequences_of, training_set
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
+from fedjax_qp.contract.language import SIZES, personal_tests, sequences_of, training_set
 from fedjax_qp.engine import Data, Layout, Runs, cut_test_set, make_engine, make_program
 from fedjax_qp.engine.plan import Workload, plan_chunk
 from fedjax_qp.experiment import build

@@ -12,7 +12,7 @@ import fedjax_qp as fq
 from fedjax_qp import config
 from fedjax_qp.data import partitions
 from fedjax_qp.data.images.sources import arrays, digits
-from fedjax_qp.experiment import registries, resolve
+from fedjax_qp.experiment import REGISTRIES, resolve
 from fedjax_qp.models import models
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.catalogue import KINDS, entries
@@ -22,7 +22,9 @@ NEEDED = {
     "arrays": {"path": "mine.npz"},
     "categories": {"clients": 4},
     "femnist": {"folder": "leaf"},
+    "csv": {"path": "mine.csv", "label": "kind"},
     "json_file": {"path": "split.json"},
+    "parquet": {"path": "mine.parquet", "label": "kind"},
     "pretrained": {"path": "llama"},
     "records": {"files": "mine.jsonl"},
     "shakespeare_leaf": {"folder": "leaf"},
@@ -58,7 +60,7 @@ def test_every_registered_part_is_what_a_configuration_gives(entry):
 def test_names_of_parts_are_unique_and_none_of_the_face():
     """`fq.name` must mean one thing."""
     names = [entry.name for entry in entries()]
-    assert len(set(names)) == len(names) == sum(len(registry.names()) for registry in registries())
+    assert len(set(names)) == len(names) == sum(len(registry.names()) for registry in REGISTRIES.values())
     assert not set(names) & {*fq.__all__, "sweeps", "runs", "config"}
     assert set(names) | set(fq.__all__) <= set(dir(fq))
     assert all(getattr(fq, name) is not None for name in fq.__all__)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.federated import Batch
-from fedjax_qp.models import character_models, classifier, models
+from fedjax_qp.models import classifier, models
 from fedjax_qp.registry import ConfigurationError
 
 
@@ -152,7 +152,7 @@ def test_inputs_that_are_no_images_are_refused_with_a_remedy(name: str, shape: t
 def test_windows_of_text_need_their_shape() -> None:
     for shape in ((80, 1), (), (0,)):
         with pytest.raises(ConfigurationError, match=r"\(characters,\), but"):
-            character_models.build("char_lstm", shape, 81)
+            models.build("char_lstm", shape, 81)
 
 
 def test_absurd_sizes_are_refused_before_any_weight_is_made() -> None:
@@ -165,7 +165,7 @@ def test_absurd_sizes_are_refused_before_any_weight_is_made() -> None:
         models["mlp"]((8, 8, 1), 10, hidden=(1,) * 10**6)
     for name in ("embedding", "hidden", "layers"):
         with pytest.raises(ConfigurationError, match=rf"{name} = 1000000 must be between 1 and 100"):
-            character_models["char_lstm"]((80,), 81, **{name: 10**6})
+            models["char_lstm"]((80,), 81, **{name: 10**6})
 
 
 def test_wrong_options_are_refused() -> None:

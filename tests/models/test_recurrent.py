@@ -7,7 +7,7 @@ import pytest
 
 from fedjax_qp.data import Examples
 from fedjax_qp.federated import Batch, Model
-from fedjax_qp.models import character_models, classifier
+from fedjax_qp.models import classifier, models
 from fedjax_qp.models.recurrent import recurrence
 from fedjax_qp.registry import ConfigurationError
 
@@ -16,7 +16,7 @@ SMALL = {"embedding": 3, "hidden": 5}
 
 
 def model(**options) -> Model:
-    build = character_models.build("char_lstm", (LENGTH,), CLASSES, **SMALL, **options)
+    build = models.build("char_lstm", (LENGTH,), CLASSES, **SMALL, **options)
     return classifier(build, mean=None, std=None, classes=CLASSES)
 
 
@@ -121,7 +121,7 @@ def test_clients_side_by_side_train_as_alone():
 
 
 def test_size_names_and_initial_weights_of_the_published_network():
-    small = classifier(character_models.build("char_lstm", (80,), 80), mean=None, std=None, classes=80)
+    small = classifier(models.build("char_lstm", (80,), 80), mean=None, std=None, classes=80)
     params = jax.jit(small.init)(jax.random.key(0)).trainable
     # Embedding, and for each layer two kernels and two biases of four gates, then the dense layer, with LEAF's 80 characters.
     first, second = (4 * 256 * (inputs + 256 + 2) for inputs in (8, 256))
@@ -138,7 +138,7 @@ def test_size_names_and_initial_weights_of_the_published_network():
 @pytest.mark.parametrize("name", ["embedding", "hidden", "layers"])
 def test_sizes_below_one_are_refused(name):
     with pytest.raises(ConfigurationError, match=f"{name} = 0 must be"):
-        character_models.build("char_lstm", (80,), 81, **{name: 0})
+        models.build("char_lstm", (80,), 81, **{name: 0})
 
 
 @pytest.mark.oracle

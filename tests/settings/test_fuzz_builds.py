@@ -73,6 +73,8 @@ NEEDED = {
     "shakespeare": {"folder": "DATA/plays", "minimum": 4},
     "shakespeare_leaf": {"folder": "DATA/nowhere"},
     "alpaca_demo": {"folder": "DATA/nowhere"},
+    "csv": {"path": "DATA/nowhere.csv", "label": "kind"},
+    "parquet": {"path": "DATA/nowhere.parquet", "label": "kind"},
     "arrays": {"path": "DATA/pictures.npz"},
     "tfds_images": {"dataset": "mine", "folder": "DATA/nowhere"},
     "records": {"files": "DATA/client_*.jsonl"},
@@ -113,7 +115,7 @@ def nested_settings() -> list[str]:
 def base_of(part: str, name: str) -> str:
     entry = next(one for one in catalogue.entries() if catalogue.KINDS[one.registry].part == part and one.name == name)
     pictures = name == "natural" or (part in ("data", "model") and name not in ("mlp", "digits", "mnist5k"))
-    return {"language": "language", "characters": "text"}.get(entry.suits, "pictures" if pictures else "images")
+    return {"instructions": "language", "characters": "text"}.get(entry.suits[0], "pictures" if pictures else "images")
 
 
 def single(values: tuple[Any, ...] = HOSTILE) -> Iterator[Input]:

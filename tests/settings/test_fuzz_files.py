@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from fedjax_qp import config as configuration
-from fedjax_qp.data import character_sources, check_dataset, check_partition, instruction_sources, partitions, sources
+from fedjax_qp.data import check_dataset, check_partition, partitions, sources
 from fedjax_qp.data.text.characters import WINDOW, codes
 from fedjax_qp.experiment import resolve
 from fedjax_qp.registry import ConfigurationError
@@ -262,7 +262,7 @@ def read_writers(file: Path) -> None:
 
 
 def read_roles(file: Path) -> None:
-    dataset = character_sources.build("shakespeare_leaf", folder=str(file.parent.parent))
+    dataset = sources.build("shakespeare_leaf", folder=str(file.parent.parent))
     check_dataset(dataset)
     x, y = of_leaf(strict_json(file))
     assert [row.tolist() for row in dataset.train.inputs] == [codes(window).tolist() for window in x]
@@ -290,7 +290,7 @@ def record_files(numbers: np.random.Generator) -> Iterator[tuple[str, bytes]]:
 
 
 def read_records(file: Path) -> None:
-    dataset = instruction_sources.build("records", files=str(file))
+    dataset = sources.build("records", files=str(file))
     for record in dataset.train.records:
         assert record.response.strip()
         for text in (record.instruction, record.context, record.response, record.category):

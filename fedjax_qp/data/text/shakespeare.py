@@ -11,7 +11,8 @@ import numpy as np
 from fedjax_qp.data.cached import cached
 from fedjax_qp.data.dataset import Dataset
 from fedjax_qp.data.examples import Examples
-from fedjax_qp.data.text.characters import WINDOW, character_dataset, character_sources, windows
+from fedjax_qp.data.registry import sources
+from fedjax_qp.data.text.characters import WINDOW, character_dataset, windows
 from fedjax_qp.data.text.package import fetch
 from fedjax_qp.registry import ConfigurationError
 from fedjax_qp.settings.strict import read_text
@@ -41,7 +42,7 @@ _CAPITALS = re.compile(r"([A-Z0-9][A-Z0-9 .,'&-]*?(?: and [A-Z][A-Z ]*)?)\.?(?:-
 _MIXED = re.compile(r"([A-Z0-9][\w .,'&-]{0,30}?)\.")
 
 
-@character_sources.register
+@sources.register("characters")
 def shakespeare(*, folder: str | None = None, minimum: int = 10, train_share: float = 0.8) -> Dataset:
     """Shakespeare's 37 plays as windows of 80 characters; a client is a role, that is a name in a play.
 

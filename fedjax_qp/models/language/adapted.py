@@ -15,7 +15,7 @@ from fedjax_qp.models.language.model import language_model
 from fedjax_qp.models.language.pretrained import load_weights
 from fedjax_qp.models.language.pretrained_config import read_config
 from fedjax_qp.models.language.tokenizer import load_tokenizer
-from fedjax_qp.models.registry import language_models
+from fedjax_qp.models.registry import models
 from fedjax_qp.settings.values import Probability
 
 Rank = Annotated[int, Field(ge=1)]
@@ -54,7 +54,7 @@ class AdaptedModel(NamedTuple):
         return 4.0 * frozen + 12.0 * attention + 6.0 * adapters
 
 
-@language_models.register
+@models.register("instructions")
 def pretrained(
     rank_factor: int,
     *,
@@ -88,7 +88,7 @@ def pretrained(
     return AdaptedModel(model, load_weights(folder, config, dtype), tokenizer, config, folder, rank, alpha, targets)
 
 
-@language_models.register
+@models.register("instructions")
 def smollm2(
     rank_factor: int,
     *,

@@ -27,7 +27,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 def test_names():
     expected = ["arrays", "cifar10", "cifar100", "digits", "fashion_mnist", "femnist", "mnist5k", "tfds_images"]
-    assert sources.names() == expected
+    assert sources.names(["images"]) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,10 +175,10 @@ def test_arrays_without_extras(tmp_path):
     ("changes", "message"),
     [
         ({"test_labels": None}, "lacks test_labels; it holds train_inputs"),
-        ({"train_inputs": np.zeros((6, 4, 4, 3))}, "train images are float64 .* must be uint8"),
-        ({"train_inputs": np.zeros((6, 48), np.uint8)}, r"train images are uint8 \(6, 48\)"),
+        ({"train_inputs": np.zeros((6, 4, 4, 3))}, "training inputs are float32 and test inputs uint8"),
+        ({"train_inputs": np.zeros((6, 48), np.uint8)}, "must have the same shape"),
         ({"train_labels": np.zeros(5, int)}, r"train labels are int64 \(5,\) for 6 images"),
-        ({"train_labels": np.zeros(6)}, "train labels are float64"),
+        ({"train_labels": np.zeros(6)}, "test labels are classes, but those to train on are numbers"),
         ({"train_labels": np.array(list("abcdef"))}, "must be integers"),
         ({"train_labels": np.array([0, 1, 2, 0, 1, -1])}, "train has the label -1"),
         ({"train_inputs": np.zeros((0, 4, 4, 3), np.uint8), "train_labels": np.zeros(0, int)}, "at least one"),
@@ -196,12 +196,15 @@ def test_arrays_without_extras(tmp_path):
         ({"train_labels": np.array([2**64 - 1, 1, 0, 2, 1, 0], np.uint64)}, "train has the label 18446744073709551615"),
         ({"test_labels": np.array([0, 10**9, 0])}, "test has the label 1000000000; .* below 100000"),
         ({"test_labels": np.array([0, 999, 0])}, "the largest label is 999, but only 4 different labels occur"),
-        ({"train_labels": np.eye(3, dtype=int)[[0, 1, 2, 0, 1, 2]]}, r"train labels are int64 \(6, 3\)"),
-        ({"train_labels": np.arange(6)[:, None] % 3}, r"train labels are int64 \(6, 1\)"),
+        (
+            {"train_labels": np.eye(3, dtype=int)[[0, 1, 2, 0, 1, 2]]},
+            r"test labels are int64 \(3,\) .* all of one shape",
+        ),
+        ({"train_labels": np.arange(6)[:, None] % 3}, "in this shape they must be 0 and 1"),
         ({"train_labels": np.arange(6) % 2 == 0}, "train labels are bool"),
         ({"train_labels": np.array(3)}, r"train labels are int64 \(\)"),
         ({"test_labels": np.array([0.0, np.nan, 1])}, "test labels are float64"),
-        ({"train_inputs": np.full((6, 4, 4, 3), np.nan)}, "train images are float64"),
+        ({"train_inputs": np.full((6, 4, 4, 3), np.nan)}, "train inputs hold NaN or infinity"),
         ({"train_inputs": np.zeros((6, 0, 4, 3), np.uint8)}, r"train images are \(6, 0, 4, 3\); height"),
         ({"train_inputs": np.zeros((6, 4, 4, 0), np.uint8)}, r"train images are \(6, 4, 4, 0\); height"),
         ({"train_inputs": np.arange(288).reshape(6, 4, 4, 3).astype(np.uint8) % 2}, "train .* 0 and 1 only.*by 255"),

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from fedjax_qp.data import instruction_sources, partitions
+from fedjax_qp.data import partitions, sources
 from fedjax_qp.data.text import package as packages
 from fedjax_qp.registry import ConfigurationError
 
@@ -29,11 +29,11 @@ def lines(records):
 
 
 def load(*files, **options):
-    return instruction_sources.build("records", files=[str(file) for file in files], **options)
+    return sources.build("records", files=[str(file) for file in files], **options)
 
 
 def test_names():
-    assert instruction_sources.names() == ["alpaca_demo", "records"]
+    assert sources.names(["instructions"]) == ["alpaca_demo", "records"]
 
 
 @pytest.mark.parametrize("form", [json.dumps, lines, lambda records: json.dumps(records, indent=2)])
@@ -65,7 +65,7 @@ def test_a_file_is_a_client_and_numbers_in_names_are_numbers(tmp_path):
     assert [record.response for record in folder.train.records][:4] == ["1-0", "2-0", "2-1", "10-0"]
     assert [record.response for record in folder.test.records] == ["Ann"]
     assert folder.class_names[folder.test.labels[0]] == "closed_qa"
-    pattern = instruction_sources.build("records", files=f"{tmp_path}/local_*.json*", **options)
+    pattern = sources.build("records", files=f"{tmp_path}/local_*.json*", **options)
     assert pattern.train.records == folder.train.records
     # Files that are named one by one stay in the order given.
     named = load(tmp_path / "local_10.json", tmp_path / "local_1.json")
@@ -143,7 +143,7 @@ def test_bad_options_are_explained(tmp_path):
     with pytest.raises(ConfigurationError, match="limit = 0"):
         load(path, limit=0)
     with pytest.raises(ConfigurationError, match="did you mean files"):
-        instruction_sources.build("records", file=path)
+        sources.build("records", file=path)
     (tmp_path / "latin.json").write_bytes(b'[{"instruction": "\xe9"}]')
     with pytest.raises(ConfigurationError, match="UTF-8"):
         load(tmp_path / "latin.json")
@@ -200,25 +200,25 @@ def package(tmp_path, monkeypatch, cache_folder):
 
 
 def test_demo_is_fetched_once_with_the_users_pip_settings(package, cache_folder):
-    first = instruction_sources.build("alpaca_demo")
+    first = sources.build("alpaca_demo")
     assert [record.response for record in first.train.records] == ["Roses are red."] * 6
     assert first.class_names == ("word0", "word1") and first.client_ids is None and first.test.records == ()
     assert len(list(cache_folder.iterdir())) == 1
     (package / "llamafactory-0.9.5.tar.gz").unlink()
-    assert instruction_sources.build("alpaca_demo").train.records == first.train.records
+    assert sources.build("alpaca_demo").train.records == first.train.records
 
 
 def test_demo_of_other_content_is_refused(package, monkeypatch, cache_folder):
     monkeypatch.setattr(module, "DEMO_SHA256", "0" * 64)
     with pytest.raises(ConfigurationError, match="not the file that was checked"):
-        instruction_sources.build("alpaca_demo")
+        sources.build("alpaca_demo")
     assert not cache_folder.exists()
 
 
 def test_demo_without_the_package_says_what_pip_said(package):
     (package / "llamafactory-0.9.5.tar.gz").unlink()
     with pytest.raises(ConfigurationError, match=r"option `folder`.*'records'.*\n(.*\n)*.*No matching distribution"):
-        instruction_sources.build("alpaca_demo")
+        sources.build("alpaca_demo")
 
 
 def test_demo_when_pip_hangs(monkeypatch, cache_folder):
@@ -227,14 +227,14 @@ def test_demo_when_pip_hangs(monkeypatch, cache_folder):
 
     monkeypatch.setattr(packages.subprocess, "run", hangs)
     with pytest.raises(ConfigurationError, match="pip did not finish"):
-        instruction_sources.build("alpaca_demo")
+        sources.build("alpaca_demo")
 
 
 def test_demo_out_of_a_folder(tmp_path):
     write(tmp_path / "alpaca_en_demo.json", [ALPACA])
-    assert instruction_sources.build("alpaca_demo", folder=str(tmp_path)).train.records[0].category == "write"
+    assert sources.build("alpaca_demo", folder=str(tmp_path)).train.records[0].category == "write"
     with pytest.raises(ConfigurationError, match=r"alpaca_en_demo.json cannot be read"):
-        instruction_sources.build("alpaca_demo", folder=str(tmp_path / "none"))
+        sources.build("alpaca_demo", folder=str(tmp_path / "none"))
 
 
 def test_archives_that_do_not_fit(tmp_path):

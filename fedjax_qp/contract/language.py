@@ -4,6 +4,9 @@ Every client's tokens follow its own cycle through the vocabulary with a few ran
 and something personal about it. Two records share a sequence, and most sequences end in padding.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# Numpy arrays stand in for JAX arrays, and named tuples are made from leaves.
+
 from functools import cache
 
 import jax
