@@ -78,7 +78,7 @@ def simulate(
     started: Callable[[], None] = lambda: None,
     gone: Mapping[int, int] = MappingProxyType({}),
 ) -> Iterator[list[Chunk | NonFiniteLoss | None]]:
-    """Runs X experiments in one program to their last round; one experiment is X = 1. See `together`.
+    """Runs X experiments in one program to their last round; one experiment is X = 1. See `programs`.
 
     Args:
       states: as handed back by earlier chunks; None, also for a single one, starts at the beginning. All must have finished
