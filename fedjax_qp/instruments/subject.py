@@ -69,7 +69,7 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
     """
     read = RunFolder(folder)
     config = read.config()
-    plugins.load_of_run(read, config.plugins)
+    plugins.load_of_run(read.plugins, config.plugins)
     if kind_of(config).tunes_adapters:
         raise ConfigurationError(
             f"{folder} is a run of the language model {config.model.name!r}, whose clients have models of their own: the "

@@ -66,7 +66,7 @@ def resume(folder: Path, overrides: Sequence[str] = (), console: Console | None 
     """
     kept = RunFolder(folder)
     config = kept.config(overrides)
-    plugins.load_of_run(kept, config.plugins)
+    plugins.load_of_run(kept.plugins, config.plugins)
     return _alone(Member(resolve(config), kept), _check_resumed, console)
 
 
@@ -129,7 +129,7 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
     """
     kept = RunFolder(folder)
     config = kept.config()
-    plugins.load_of_run(kept, config.plugins)
+    plugins.load_of_run(kept.plugins, config.plugins)
     experiment = build(config)
     (made_of,) = provenance([experiment])
     made_of.check(folder, warnings.warn)

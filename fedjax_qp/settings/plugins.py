@@ -15,13 +15,9 @@ import traceback
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedjax_qp.files import cache_folder, write_whole
 from fedjax_qp.registry import ConfigurationError
-
-if TYPE_CHECKING:
-    from fedjax_qp.runs.folder import RunFolder
 
 GROUP = "fedjax_qp"  # of entry points
 
@@ -76,10 +72,11 @@ def load_installed() -> None:
             warnings.warn(f"the installed plug-in {entry.name} ({entry.value}) fails: {_reason(error)}", stacklevel=2)
 
 
-def load_of_run(folder: "RunFolder", names: Sequence[str]) -> None:
+def load_of_run(copies: Path, names: Sequence[str]) -> None:
     """Runs the plug-ins of a run's configuration as far as the user vouches for them.
 
     Args:
+      copies: the folder of the copies that the run keeps, within its own.
       names: the plug-ins in the run's configuration.
 
     Raises:
@@ -87,7 +84,7 @@ def load_of_run(folder: "RunFolder", names: Sequence[str]) -> None:
     """
     load_installed()
     for name in names:
-        copy = folder.plugins / Path(name).name
+        copy = copies / Path(name).name
         if is_file(name) and copy.is_file() and _digest(copy.read_bytes()) in _loaded.values():
             continue  # named by the user before, perhaps by another path
         present = not is_file(name) or Path(name).is_file()
@@ -98,7 +95,7 @@ def load_of_run(folder: "RunFolder", names: Sequence[str]) -> None:
             why = "which you have not run here yet, or not as it is now" if present else "which is not there"
             begun = f" (the run began with {copy})" if copy.is_file() else ""
             raise ConfigurationError(
-                f"{folder} needs the plug-in {name}, {why}: if you trust its code, name it with --plugins "
+                f"{copies.parent} needs the plug-in {name}, {why}: if you trust its code, name it with --plugins "
                 f"{name if present else Path(name).name}{begun}."
             )
 
