@@ -13,12 +13,13 @@ from support.runs import write
 from support.sweeps import write_sweep
 
 import fedjax_qp as fq
-from fedjax_qp import cli, config, plugins
+from fedjax_qp import cli, config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.instruments.subject import open_run
 from fedjax_qp.registry import ConfigurationError
-from fedjax_qp.runs import records
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.run import restore, resume, run
+from fedjax_qp.settings import plugins
 from fedjax_qp.sweeps import run as running
 from fedjax_qp.sweeps import space
 from fedjax_qp.sweeps.worker import execute
@@ -78,7 +79,7 @@ def test_a_file_beside_the_configuration_is_run_and_copied(tmp_path, monkeypatch
         config.load(file, ["plugins=[]", "algorithm=fedavg", "algorithm.weighting=uniform", "name=plain"]), QUIET
     )
     mine = tmp_path / "runs" / "small-seed0"
-    losses = [[line["test_loss"] for line in records.read(folder)] for folder in (mine, plain.folder)]
+    losses = [[line["test_loss"] for line in RunFolder(folder).records()] for folder in (mine, plain.folder)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert (mine / "plugins" / "mine.py").read_text() == METHOD
     assert left("list", "slow_average", "--plugins", str(tmp_path / "mine.py")) == 0
@@ -100,7 +101,7 @@ def test_resume_and_inspect_know_it_and_check_its_content(tmp_path):
         resume(folder, ["rounds=6"], QUIET)
     forget()
     assert left("resume", str(folder), "--plugins", str(folder / "plugins" / "mine.py"), "rounds=6") == 0
-    assert len(records.read(folder)) == 6
+    assert len(RunFolder(folder).records()) == 6
 
 
 def _named(file: Path, *overrides: str) -> config.Config:
@@ -152,7 +153,7 @@ def test_workers_of_a_sweep_run_it(tmp_path, monkeypatch):
         space={"algorithm.step_size": [0.5, 1.0]},
     )
 
-    def run_tasks(client, tasks, retries, watch) -> None:
+    def run_tasks(client, tasks, retries, watch, failed) -> None:
         for task in tasks:
             forget()
             execute(task)
@@ -161,7 +162,7 @@ def test_workers_of_a_sweep_run_it(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "workers_of", lambda client: 1)
     monkeypatch.setattr(running, "run_tasks", run_tasks)
     outcome = running.run_sweep(space.load(file), QUIET)
-    assert [row.status for row in outcome.rows] == ["complete", "complete"]
+    assert list(outcome.trials["status"]) == ["complete", "complete"]
     with pytest.raises(ConfigurationError, match="plugins are the same in all trials"):
         space.load(write_sweep(tmp_path, space={"plugins": [["a.py"], ["b.py"]]}))
 
