@@ -214,7 +214,7 @@ def test_other_folders_are_refused(tmp_path):
 
 
 def test_runs_of_language_models_are_refused(tmp_path):
-    text = "{name: x, data: dolly, partition: natural, model: smollm2, algorithm: fedit}"
+    text = "{name: x, data: alpaca_demo, partition: iid, model: smollm2, algorithm: fedit}"
     RunFolder(tmp_path).config_file.write_text(text)
     with pytest.raises(ConfigurationError, match="language model"):
         inspect_runs([tmp_path])

@@ -60,6 +60,7 @@ def test_files_keep_their_names(folder):
         "provenance": "provenance.json",
         "watched": "watched.json",
         "layout": "layout.json",
+        "plugins": "plugins",
         "records_file": "records.jsonl",
         "times": "times.jsonl",
         "startup": "startup.json",
