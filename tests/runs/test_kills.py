@@ -96,7 +96,7 @@ CASES = {
     "sweep": Case(
         write_sweep,
         ["sweep", "sweep.yaml"],
-        [f"runs/several/runs/trial{trial:03d}-seed{seed}" for trial in range(3) for seed in (0, 1)],
+        [f"runs/several/runs/trial-{trial:03d}-seed{seed}" for trial in range(3) for seed in (0, 1)],
     ),
     "seeds": Case(
         write_seeds, ["run", "run.yaml", "--seeds", "0", "1", "2"], [f"runs/small-seed{seed}" for seed in range(3)]
