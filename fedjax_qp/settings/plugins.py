@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 from fedjax_qp.files import cache_folder, write_whole
@@ -22,7 +23,6 @@ from fedjax_qp.registry import ConfigurationError
 GROUP = "fedjax_qp"  # of entry points
 
 _loaded: dict[str, str] = {}  # digests of what has been run in this process, by path
-_installed: list[str] = []  # entry points that have been loaded, or failed
 
 
 def located(names: Iterable[str | Path], home: Path) -> tuple[str, ...]:
@@ -60,12 +60,10 @@ def load(names: Iterable[str]) -> None:
         _remember(name, content)
 
 
+@cache
 def load_installed() -> None:
     """Loads the entry points of installed packages, once in a process. One that fails is warned of: all else still works."""
     for entry in importlib.metadata.entry_points(group=GROUP):
-        if entry.value in _installed:
-            continue
-        _installed.append(entry.value)
         try:
             entry.load()
         except Exception as error:  # anything can be in there

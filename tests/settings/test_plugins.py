@@ -198,7 +198,7 @@ def test_installed_packages_register_theirs_and_a_broken_one_is_warned_of(tmp_pa
     monkeypatch.syspath_prepend(tmp_path)
     entries = [importlib.metadata.EntryPoint(name, f"{name}_method", "fedjax_qp") for name in ("broken", "installed")]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == "fedjax_qp" else [])
-    monkeypatch.setattr(plugins, "_installed", [])
+    plugins.load_installed.cache_clear()
     try:
         with pytest.warns(
             UserWarning, match=r"plug-in broken \(broken_method\) fails: ZeroDivisionError: division by zero"
@@ -206,6 +206,7 @@ def test_installed_packages_register_theirs_and_a_broken_one_is_warned_of(tmp_pa
             plugins.load_installed()
         assert left("list", "slow_average") == 0
     finally:
+        plugins.load_installed.cache_clear()
         sys.modules.pop("installed_method", None)
     said = capsys.readouterr()
     assert said.err == "" and "goes only part of the way" in said.out  # it is said once
