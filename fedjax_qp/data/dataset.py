@@ -68,13 +68,7 @@ def build_dataset(
     classes = classes or len(names) or largest + 1
     require(largest < classes, f"a label is {largest}; with {known} labels are 0 … {classes - 1}.")
     require(len(names) in (0, classes), f"{len(names)} class names for {classes} classes; name all or none.")
-    if client_ids is not None:
-        kind, expected = client_ids.dtype.kind, examples[0].labels.shape
-        require(
-            client_ids.shape == expected and kind in "iuUS",
-            f"client_ids is {client_ids.dtype} {client_ids.shape}; it must be integers or strings of shape {expected}.",
-        )
-        client_ids = np.unique(client_ids, return_inverse=True)[1] if kind in "US" else client_ids
+    client_ids = owners(client_ids, len(examples[0].labels))
     half = (0.5,) * shape[-1]
     ends = [(int(part.inputs.min()), int(part.inputs.max())) for part in examples]  # a pass over all images
     for name, pixels in zip(("train", "test"), ends, strict=True):
@@ -93,6 +87,22 @@ def build_dataset(
         notes=notes,
         examples="images",
     )
+
+
+def owners(client_ids: Any, examples: int) -> Int[np.ndarray, "N"] | None:
+    """The natural client of each training example as an integer; texts are numbered in their order.
+
+    Raises:
+      ConfigurationError: they are neither integers nor texts, or not one for each example.
+    """
+    if client_ids is None:
+        return None
+    ids = np.asarray(client_ids)
+    require(
+        ids.shape == (examples,) and ids.dtype.kind in "iuUS",
+        f"client_ids is {ids.dtype} {ids.shape}; it must be integers or strings of shape {(examples,)}.",
+    )
+    return np.unique(ids, return_inverse=True)[1] if ids.dtype.kind in "US" else ids
 
 
 def check_dataset(dataset: Dataset) -> None:

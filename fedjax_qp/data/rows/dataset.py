@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from fedjax_qp.data.dataset import MOST_CLASSES, Dataset, Target
+from fedjax_qp.data.dataset import MOST_CLASSES, Dataset, Target, owners
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.registry import require
 
@@ -73,19 +73,12 @@ def build_rows(
         )
         count = max(count, len(names), 2)
     require(len(names) in (0, count), f"{len(names)} names for {count} {target}; name all or none.")
-    if client_ids is not None:
-        ids, expected = np.asarray(client_ids), labels[0].shape[:1]
-        require(
-            ids.shape == expected and ids.dtype.kind in "iuUS",
-            f"client_ids is {ids.dtype} {ids.shape}; it must be integers or strings of shape {expected}.",
-        )
-        client_ids = np.unique(np.asarray(client_ids), return_inverse=True)[1]
     examples = [Examples(rows, given.astype(forms[target])) for rows, given in zip(inputs, labels, strict=True)]
     dataset = Dataset(
         *examples,
         classes=count,
         class_names=names,
-        client_ids=client_ids,
+        client_ids=owners(client_ids, len(labels[0])),
         mean=None,
         std=None,
         notes=notes,
