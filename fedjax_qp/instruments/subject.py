@@ -86,7 +86,7 @@ def open_run(folder: Path, like: InspectedRun | None = None) -> InspectedRun:
             "does."
         )
     (made_of,) = provenance([experiment])
-    made_of.check(folder, warnings.warn)
+    made_of.check(read, warnings.warn)
     return InspectedRun(
         folder, experiment, kept, read.records(), make_replay(experiment, layout.lanes), _fedmut(experiment)
     )

@@ -4,7 +4,6 @@ import contextlib
 import numbers
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -31,13 +30,13 @@ def begin_folder(experiment: Experiment, made_of: Provenance) -> None:
         plot_partition(task.counts, folder.partition_figure, class_names=task.class_names)
     folder.environment.write(environment())
     plugins.keep(folder.plugins, experiment.config.plugins)
-    made_of.write(folder.path)
+    made_of.write(folder)
     folder.save_watches(experiment.algorithm.watch)
     folder.save_config(experiment.config)  # last: its presence marks a run
 
 
 @contextlib.contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
+def lock_run(folder: RunFolder) -> Iterator[None]:
     """Keeps other processes from writing to a run; of several that share the run the first one does.
 
     Raises:
@@ -46,7 +45,7 @@ def lock_run(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         with processes.in_common():
             if processes.first():
-                held.enter_context(RunFolder(folder).lock())
+                held.enter_context(folder.lock())
         yield
 
 
@@ -56,7 +55,9 @@ class OpenRun:
     Of several processes the first one writes; the others follow, to come to the same decisions.
     """
 
-    def __init__(self, config: Config, folder: Path, done: int, report: Callable[[str], None] = print, least: int = 1):
+    def __init__(
+        self, config: Config, folder: RunFolder, done: int, report: Callable[[str], None] = print, least: int = 1
+    ):
         """Opens a folder that the caller has locked.
 
         Args:
@@ -65,22 +66,21 @@ class OpenRun:
           least: checkpoints that are kept even where the configuration wants fewer.
         """
         self.config, self.folder, self.done = config, folder, done
-        self._kept = RunFolder(folder)
         self._writes = processes.first()
         with processes.in_common():  # before the first process cuts the records off
-            self.history = [line for line in self._kept.records() if line["round"] <= done] if done else []
+            self.history = [line for line in self.folder.records() if line["round"] <= done] if done else []
         finished = "finished" if done >= config.rounds else None
         self.reason = stop_reason(self.history, self.config.evaluation) or finished  # an ended run stays ended
         with processes.in_common():
-            self._recorder = self._kept.recorder(done or None) if self._writes else None
-            self._checkpoints = self._kept.checkpoints(keep=max(least, config.checkpoints.keep))
+            self._recorder = self.folder.recorder(done or None) if self._writes else None
+            self._checkpoints = self.folder.checkpoints(keep=max(least, config.checkpoints.keep))
             if self.reason is not None:
                 self._mark_end()
             elif self._writes:
-                self._kept.clear_marks()
+                self.folder.clear_marks()
         self.error: NonFiniteLoss | None = None
         self.warned: set[str] = set()  # metrics
-        self._trackers = Trackers(config, folder, self.history, report) if self._writes else None
+        self._trackers = Trackers(config, folder.path, self.history, report) if self._writes else None
         self._since, self._first = time.monotonic(), True
 
     def write(self, chunk: Chunk | NonFiniteLoss) -> None:
@@ -88,7 +88,7 @@ class OpenRun:
         if isinstance(chunk, NonFiniteLoss):
             self.reason, self.error = "diverged", chunk
             if self._writes:
-                self._kept.mark_failure(str(chunk))
+                self.folder.mark_failure(str(chunk))
             self._mark_end()
             return
         self.history += chunk.records
@@ -100,7 +100,7 @@ class OpenRun:
 
     def _note_time(self, rounds: int) -> None:
         now = time.monotonic()
-        self._kept.times.append(Time(self.done, rounds, round(now - self._since, 3), self._first))
+        self.folder.times.append(Time(self.done, rounds, round(now - self._since, 3), self._first))
         self._since, self._first = now, False
 
     def settle(self) -> None:
@@ -131,7 +131,7 @@ class OpenRun:
 
     def _mark_end(self) -> None:
         if self._writes and self.reason is not None and self.reason != "interrupted":
-            self._kept.mark_end(self.reason, self.done)
+            self.folder.mark_end(self.reason, self.done)
 
     @property
     def headline(self) -> tuple[str, float] | None:
@@ -176,9 +176,9 @@ class OpenRun:
                 self._recorder.close()
                 self._trackers.close(self.reason if error is None else None)
         if self._writes and error is None and self.history:
-            with writing(self._kept.figure):
+            with writing(self.folder.figure):
                 title = f"{self.config.name}, seed {self.config.seed}, {self.config.algorithm.name}"
-                plot_run(self.history, self._kept.figure, title=title, watched=self._kept.watches())
+                plot_run(self.history, self.folder.figure, title=title, watched=self.folder.watches())
 
 
 def stop_reason(history: list[dict], settings: Evaluation) -> str | None:

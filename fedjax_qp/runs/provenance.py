@@ -34,11 +34,11 @@ class Provenance(NamedTuple):
     digests: dict[str, str]
     settings: dict[str, Any]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: RunFolder) -> None:
         """Leaves them in a run's folder."""
-        RunFolder(folder).provenance.write(self._asdict())
+        folder.provenance.write(self._asdict())
 
-    def check(self, folder: Path, say: Callable[[str], None]) -> bool:
+    def check(self, folder: RunFolder, say: Callable[[str], None]) -> bool:
         """Compares them with those that a run began with.
 
         Args:
@@ -53,14 +53,14 @@ class Provenance(NamedTuple):
         before = _read(folder)
         if before is None:
             say(
-                f"{folder} holds no digests of its data ({RunFolder(folder).provenance.path.name}): whether they are those "
+                f"{folder} holds no digests of its data ({folder.provenance.path.name}): whether they are those "
                 "it began with cannot be checked"
             )
             return False
         changed = [name for name, digest in before.digests.items() if self.digests.get(name, digest) != digest]
         if changed:
             by_packages = (
-                f" Other versions of packages may be the reason too: {RunFolder(folder).environment.path} names those it "
+                f" Other versions of packages may be the reason too: {folder.environment.path} names those it "
                 "began with, transformers and tokenizers among them."
             )
             read_by = "" if _READ_BY_PACKAGES.isdisjoint(changed) else by_packages
@@ -80,7 +80,7 @@ def check_beside(made_of: Sequence[Provenance], folders: Iterable[Path]) -> None
       ConfigurationError: a run from the same settings was made of other data or weights.
     """
     for folder in folders:
-        before = _read(folder)
+        before = _read(RunFolder(folder))
         if before is None:
             continue
         for mine in dict.fromkeys((json.dumps(one.settings), json.dumps(one.digests)) for one in made_of):
@@ -190,8 +190,8 @@ def _places(settings: dict[str, Any], changed: Iterable[str] = ()) -> str:
     return " and ".join(named)
 
 
-def _read(folder: Path) -> Provenance | None:
-    found = RunFolder(folder).provenance.read()
+def _read(folder: RunFolder) -> Provenance | None:
+    found = folder.provenance.read()
     if found is None or not all(isinstance(found.get(name), dict) for name in Provenance._fields):
         return None
     return Provenance(found["digests"], found["settings"])

@@ -132,7 +132,7 @@ def restore(folder: Path) -> tuple[Experiment, FederatedState]:
     plugins.load_of_run(kept.plugins, config.plugins)
     experiment = build(config)
     (made_of,) = provenance([experiment])
-    made_of.check(folder, warnings.warn)
+    made_of.check(kept, warnings.warn)
     with kept.checkpoints(keep=experiment.config.checkpoints.keep) as checkpoints:
         state = checkpoints.restore(first_state(experiment))
     if state is None:
@@ -180,11 +180,11 @@ class _Group:
         with contextlib.ExitStack() as stack:
             begun = [index for index in self.waiting if self.folders[index].holds_run()]
             for index in begun:
-                stack.enter_context(lock_run(self.folders[index].path))
+                stack.enter_context(lock_run(self.folders[index]))
             self._build(sorted({*self.waiting, *(index for members in shared for index in members)}))
             for index in self.waiting:
                 if index not in begun:
-                    stack.enter_context(lock_run(self.folders[index].path))
+                    stack.enter_context(lock_run(self.folders[index]))
             with processes.in_common():
                 for index in self.waiting:
                     self.check(self.members[index])
@@ -210,8 +210,8 @@ class _Group:
     def _check_provenance(self, index: int) -> None:
         """Refuses to go on with other data or weights than a run began with; notes them where that was not yet done."""
         say = partial(self.console.print, markup=False, highlight=False)
-        if not self.made_of[index].check(self.folders[index].path, say) and processes.first():
-            self.made_of[index].write(self.folders[index].path)
+        if not self.made_of[index].check(self.folders[index], say) and processes.first():
+            self.made_of[index].write(self.folders[index])
 
     def _one_after_another(self, found: Sequence[Program], startup: Startup) -> dict[int, Outcome]:
         """How each run of the programs ended; after an interruption no further program begins."""
@@ -236,7 +236,7 @@ class _Group:
             outcomes = train(
                 experiments,
                 layout,
-                [folder.path for folder in folders],
+                folders,
                 program.states,
                 self.console,
                 startup,

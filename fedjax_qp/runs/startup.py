@@ -1,7 +1,6 @@
 """How long a run takes until its first round begins. Timings stay out of the records so that these are reproducible."""
 
 import time
-from pathlib import Path
 
 from fedjax_qp.runs.folder import RunFolder
 
@@ -19,9 +18,9 @@ class Startup:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self._since = now
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: RunFolder) -> None:
         """Leaves the times in a run's folder."""
-        RunFolder(folder).startup.write({phase: round(value, 3) for phase, value in self.seconds.items()})
+        folder.startup.write({phase: round(value, 3) for phase, value in self.seconds.items()})
 
     def __str__(self) -> str:
         phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in self.seconds.items())

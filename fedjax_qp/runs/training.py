@@ -14,6 +14,7 @@ from fedjax_qp.engine import Layout
 from fedjax_qp.experiment import Experiment, advice
 from fedjax_qp.federated import FederatedState
 from fedjax_qp.runs import processes, watched
+from fedjax_qp.runs.folder import RunFolder
 from fedjax_qp.runs.loop import NonFiniteLoss, planned_without, simulate
 from fedjax_qp.runs.open_run import OpenRun
 from fedjax_qp.runs.progress import Bar, progress
@@ -35,7 +36,7 @@ class Outcome(NamedTuple):
 def train(
     experiments: Sequence[Experiment],
     layout: Layout,
-    folders: Sequence[Path],
+    folders: Sequence[RunFolder],
     states: Sequence[FederatedState],
     console: Console,
     startup: Startup,
@@ -89,11 +90,11 @@ def train(
                 break
     for open_run in opened.values():
         open_run.say_end(console)
-    found = {run: Outcome(r.folder, r.done, r.reason or "finished", r.error) for run, r in opened.items()}
+    found = {run: Outcome(r.folder.path, r.done, r.reason or "finished", r.error) for run, r in opened.items()}
     return [ended[run] if run in ended else found[run] for run in range(len(experiments))]
 
 
-def _started(startup: Startup, folders: Sequence[Path], console: Console, bar: Bar) -> None:
+def _started(startup: Startup, folders: Sequence[RunFolder], console: Console, bar: Bar) -> None:
     startup.done("program")
     bar.describe("first rounds")
     console.print(str(startup))

@@ -20,9 +20,7 @@ class Kind(NamedTuple):
 
     check: Callable[[Any], None]  # of what a source of them returned
     task: Callable[[Config, Any, list[np.ndarray], Algorithm], Task]  # from the data and what each client has of them
-    in_classes: Callable[[Any], Any] = lambda dataset: (
-        dataset
-    )  # the data with one class an example, for partitions by class
+    in_classes: Callable[[Any], Any] = lambda dataset: dataset  # the data with one class each, for partitions by class
     clients_have_tests: bool = False  # cut from their own examples, by the run's seed
     tunes_adapters: bool = False  # of a frozen model; then methods and settings that need adapters work
 

@@ -104,9 +104,9 @@ def test_a_run_of_an_earlier_version_is_said_once_to_be_unchecked(tmp_path, load
 @pytest.mark.parametrize(("name", "said"), [("tokenizer", True), ("model configuration", True), ("data", False)])
 def test_other_versions_of_packages_are_named_where_they_may_be_the_reason(tmp_path, name, said):
     settings = {"data": {"name": "records"}, "model": {"name": "pretrained"}}
-    Provenance({name: "0"}, settings).write(tmp_path)
+    Provenance({name: "0"}, settings).write(RunFolder(tmp_path))
     with pytest.raises(ConfigurationError, match=f"{name} differs") as refused:
-        Provenance({name: "1"}, settings).check(tmp_path, print)
+        Provenance({name: "1"}, settings).check(RunFolder(tmp_path), print)
     assert ("versions of packages" in str(refused.value)) == said
     pytest.importorskip("tokenizers")
     assert {"transformers", "tokenizers"} <= environment()["packages"].keys()  # pyright: ignore[reportAttributeAccessIssue]
