@@ -7,15 +7,16 @@ import numpy as np
 import optax
 import pytest
 from support.contract import TOLERANCE, candidate, reference
-from support.federations import (
+from support.federations import CASES, MUTATING, small_algorithm
+
+from fedjax_qp.algorithms import algorithms
+from fedjax_qp.contract import laws
+from fedjax_qp.contract.federations import (
     BATCH,
-    CASES,
     COHORT,
-    MUTATING,
     ROUNDS,
     digits,
     language,
-    small_algorithm,
     small_engine,
     small_model,
     small_parts,
@@ -24,9 +25,6 @@ from support.federations import (
     small_work,
     worst_difference,
 )
-
-from fedjax_qp.algorithms import algorithms
-from fedjax_qp.contract import laws
 from fedjax_qp.federated import Batch
 
 # One case of each kind of server, client memory and message; the others are slow here, since each compiles a program of its

@@ -16,12 +16,13 @@ import optax
 import pytest
 import tyro
 import yaml
-from support.federations import run_rounds, small_algorithm, small_engine, small_model, worst_difference
+from support.federations import small_algorithm
 
 import fedjax_qp
 from fedjax_qp import cli, config
 from fedjax_qp.console.arguments import understood
 from fedjax_qp.console.listing import listing
+from fedjax_qp.contract.federations import run_rounds, small_engine, small_model, worst_difference
 from fedjax_qp.experiment import resolve
 from fedjax_qp.settings.catalogue import KINDS, entries
 

@@ -5,10 +5,11 @@ import textwrap
 import jax
 import optax
 import pytest
-from support.federations import images, play, run_rounds, small_algorithm, small_engine, small_model, worst_difference
+from support.federations import small_algorithm
 
 from fedjax_qp import federated
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.contract.federations import images, play, run_rounds, small_engine, small_model, worst_difference
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from support.federations import digits, small_algorithm, small_engine, small_model, small_plan, small_state
+from support.federations import small_algorithm
 
+from fedjax_qp.contract.federations import digits, small_engine, small_model, small_plan, small_state
 from fedjax_qp.engine.plan import IDLE
 from fedjax_qp.federated import Cohort, round_keys
 

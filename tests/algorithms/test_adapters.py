@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.federations import Played, play, worst_difference
 from support.regression import regression
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.adapters import blend, factors, only
+from fedjax_qp.contract.federations import Played, play, worst_difference
 
 ROUNDS = 3
 INIT = jax.random.key(0)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import pdist
-from support.federations import worst_difference
 
 from fedjax_qp import config
 from fedjax_qp.algorithms.clustered_sampling import by_similarity, by_size, distances, draw
 from fedjax_qp.config import Local, Participation
+from fedjax_qp.contract.federations import worst_difference
 from fedjax_qp.engine.plan import Workload, plan_chunk, sample_cohort
 from fedjax_qp.experiment import Experiment, build, first_state
 from fedjax_qp.federated import Sampling

@@ -3,10 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from support.federations import images, run_rounds, small_algorithm, small_engine, worst_difference
+from support.federations import small_algorithm
 from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, trained
 
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.contract.federations import images, run_rounds, small_engine, worst_difference
 
 
 @pytest.mark.parametrize("weighting", ["size", "uniform"])

@@ -1,10 +1,10 @@
 """FedDyn against algorithm 1 of the paper in numpy, and its limits."""
 
 import numpy as np
-from support.federations import CLIENTS, COHORT, worst_difference
 from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
 
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.contract.federations import CLIENTS, COHORT, worst_difference
 
 
 def by_hand(alpha: float) -> tuple[np.ndarray, np.ndarray]:

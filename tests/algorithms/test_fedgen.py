@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.federations import worst_difference
 from support.softmax import RATE, ROUNDS, as_matrices, cohorts, errors, softmax, trained, with_ones
 
 from fedjax_qp.algorithms.fedgen import diversity_loss, draw_inputs, first_generator
+from fedjax_qp.contract.federations import worst_difference
 from fedjax_qp.federated import client_key, round_keys
 
 UNITS, CLASSES = 16, 10

@@ -7,7 +7,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.federations import run_rounds, small_algorithm, small_engine, small_model, worst_difference
+from support.federations import small_algorithm
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.fedmut import (
@@ -19,6 +19,7 @@ from fedjax_qp.algorithms.fedmut import (
     mutation_signs,
     start_model,
 )
+from fedjax_qp.contract.federations import run_rounds, small_engine, small_model, worst_difference
 from fedjax_qp.federated import Cohort, Params
 
 

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.federations import run_rounds, small_engine, small_model, worst_difference
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.fedmut import MutationServer, start_model
 from fedjax_qp.algorithms.local import Upload
+from fedjax_qp.contract.federations import run_rounds, small_engine, small_model, worst_difference
 from fedjax_qp.federated import Cohort, Params
 from fedjax_qp.registry import ConfigurationError
 

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from support.federations import worst_difference
 from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, softmax, trained
 
 from fedjax_qp.algorithms.fedsam import ascent_of, sharpness_aware
+from fedjax_qp.contract.federations import worst_difference
 from fedjax_qp.federated import Batch
 
 ADAPTIVITY = 0.2

@@ -4,10 +4,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from support.federations import CASES, digits, federation_of, play
+from support.federations import CASES, federation_of
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.contract.federations import digits, play
 from fedjax_qp.experiment import build
 from fedjax_qp.federated import Batch
 from fedjax_qp.runs.loop import simulate

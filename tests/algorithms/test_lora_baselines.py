@@ -9,7 +9,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.federations import Played, play, worst_difference
 from support.regression import RANK, SCALE, SIZES, regression
 
 from fedjax_qp.algorithms import algorithms
@@ -17,6 +16,7 @@ from fedjax_qp.algorithms.flexlora import truncated_svd
 from fedjax_qp.algorithms.flora import draw
 from fedjax_qp.algorithms.hetlora import product_norm
 from fedjax_qp.algorithms.ranks import client_ranks, rank_masks, stacked
+from fedjax_qp.contract.federations import Played, play, worst_difference
 from fedjax_qp.federated import Client, Cohort
 from fedjax_qp.registry import ConfigurationError
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.federations import worst_difference
 from support.softmax import RATE, as_matrices, cohorts, errors, softmax, trained, with_ones
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.moon import contrast, cosine
+from fedjax_qp.contract.federations import worst_difference
 from fedjax_qp.experiment import build, first_state
 from fedjax_qp.federated import Params
 from fedjax_qp.registry import ConfigurationError

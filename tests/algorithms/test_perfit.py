@@ -9,12 +9,12 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.federations import Played, play, worst_difference
 from support.regression import RANK, SIZES, regression
 
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.algorithms.importance import flatten, unflatten
 from fedjax_qp.algorithms.local import LocalState
+from fedjax_qp.contract.federations import Played, play, worst_difference
 from fedjax_qp.federated import Batch, Client, Cohort, Model, Params
 from fedjax_qp.registry import ConfigurationError
 

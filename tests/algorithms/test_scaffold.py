@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from support.federations import CLIENTS, worst_difference
 from support.softmax import RATE, as_matrix, cohorts, first_weights, gradient, own_examples, trained
+
+from fedjax_qp.contract.federations import CLIENTS, worst_difference
 
 
 def by_hand(option: str, server_rate: float) -> tuple[np.ndarray, np.ndarray, dict]:

@@ -3,18 +3,17 @@
 import jax
 import numpy as np
 import pytest
-from support.federations import (
+from support.federations import federation_of, small_algorithm
+
+from fedjax_qp.contract.federations import (
     ROUNDS,
-    federation_of,
     images,
     run_rounds,
-    small_algorithm,
     small_engine,
     small_plan,
     small_work,
     worst_difference,
 )
-
 from fedjax_qp.engine.host_data import HostExamples
 from fedjax_qp.engine.plan import IDLE
 

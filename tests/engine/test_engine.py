@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.federations import (
+from support.federations import counting, small_algorithm
+
+from fedjax_qp.contract.federations import (
     CLIENTS,
     COHORT,
     ROUNDS,
-    counting,
     digits,
     run_rounds,
-    small_algorithm,
     small_engine,
     small_model,
     small_parts,
@@ -23,7 +23,6 @@ from support.federations import (
     small_work,
     worst_difference,
 )
-
 from fedjax_qp.engine import cut_test_set
 from fedjax_qp.federated import Batch
 

@@ -3,11 +3,11 @@
 import jax
 import numpy as np
 import pytest
-from support.federations import digits, small_engine, small_model, small_state, worst_difference
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Local, Participation
+from fedjax_qp.contract.federations import digits, small_engine, small_model, small_state, worst_difference
 from fedjax_qp.engine.plan import Workload, plan_chunk
 from fedjax_qp.experiment import build, local_optimizer
 from fedjax_qp.registry import ConfigurationError

@@ -6,8 +6,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from quadratic_bowl import EIGENVALUES, MATRIX, bowl
 from scipy.sparse.linalg import LinearOperator, eigsh
-from support.federations import digits, small_model
 
+from fedjax_qp.contract.federations import digits, small_model
 from fedjax_qp.engine import cut_test_set
 from fedjax_qp.federated import Batch, Params
 from fedjax_qp.instruments import curvature

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
-from support.federations import worst_difference
 from support.runs import write
 
 from fedjax_qp import cli, config
+from fedjax_qp.contract.federations import worst_difference
 from fedjax_qp.federated import Batch
 from fedjax_qp.instruments import fairness, mutations
 from fedjax_qp.instruments.inspection import inspect_runs, side_by_side

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from quadratic_bowl import MATRIX, bowl
-from support.federations import digits, small_model
 
+from fedjax_qp.contract.federations import digits, small_model
 from fedjax_qp.data.examples import Examples
 from fedjax_qp.engine import cut_test_set
 from fedjax_qp.federated import Batch, Params

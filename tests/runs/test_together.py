@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.contract import assert_agree, reference
-from support.federations import CASES, ROUNDS, federation_of, small_state, small_work, worst_difference
+from support.federations import CASES, federation_of
 from support.runs import write
 
 from fedjax_qp import config
 from fedjax_qp.algorithms import algorithms
 from fedjax_qp.config import Config
+from fedjax_qp.contract.federations import ROUNDS, small_state, small_work, worst_difference
 from fedjax_qp.engine import Data, Layout, Runs, make_engine
 from fedjax_qp.engine.chunk import run_chunk
 from fedjax_qp.engine.plan import plan_chunk

@@ -5,14 +5,10 @@ from functools import cache, partial
 import jax
 
 from fedjax_qp.contract import Candidate
+from fedjax_qp.contract.federations import worst_difference
 from fedjax_qp.contract.laws import TOLERANCE
 from fedjax_qp.federated import FederatedState
-from support.federations import (
-    CASES,
-    federation_of,
-    small_algorithm,
-    worst_difference,
-)
+from support.federations import CASES, federation_of, small_algorithm
 
 
 @cache

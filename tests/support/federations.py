@@ -7,26 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from fedjax_qp.algorithms import algorithms
-from fedjax_qp.contract.federations import (  # noqa: F401  (tests take them from here)
-    BATCH,
-    CLIENTS,
-    COHORT,
-    ROUNDS,
-    Federation,
-    Played,
-    digits,
-    images,
-    language,
-    play,
-    run_rounds,
-    small_engine,
-    small_model,
-    small_parts,
-    small_plan,
-    small_state,
-    small_work,
-    worst_difference,
-)
+from fedjax_qp.contract.federations import Federation, images, language
 from fedjax_qp.federated import Algorithm
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from fedjax_qp.contract.federations import Federation
 from fedjax_qp.engine import cut_test_set
 from fedjax_qp.federated import Model, Params
 from fedjax_qp.models.language import lora
-from support.federations import Federation
 
 LAYERS, INPUTS, OUTPUTS = 2, 6, {"q_proj": 8, "v_proj": 4}
 RANK, SCALE = 2, 0.5

@@ -13,9 +13,19 @@ import numpy as np
 import optax
 
 from fedjax_qp.algorithms import algorithms
+from fedjax_qp.contract.federations import (
+    CLIENTS,
+    COHORT,
+    Federation,
+    Played,
+    digits,
+    images,
+    play,
+    small_plan,
+    small_work,
+)
 from fedjax_qp.models import models
 from fedjax_qp.models.classifier import classifier
-from support.federations import CLIENTS, COHORT, Federation, Played, digits, images, play, small_plan, small_work
 
 RATE, ROUNDS = 0.1, 4
 
