@@ -5,7 +5,6 @@ are repeated. No loader may raise anything but a ConfigurationError, and none ma
 sample of each kind; all of them, more than two thousand, are marked slow.
 """
 
-import copy
 import io
 import json
 import math
@@ -16,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import pytest
+from support.damage import as_bytes, damaged_bytes, damaged_values
 
 from fedjax_qp import config as configuration
 from fedjax_qp.data import check_dataset, check_partition, partitions, sources
@@ -26,13 +25,14 @@ from fedjax_qp.data.text.characters import WINDOW, codes
 from fedjax_qp.experiment import resolve
 from fedjax_qp.registry import ConfigurationError
 
-gguf = pytest.importorskip("gguf")
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("gguf")
+pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
-from fedjax_qp.models.language.gguf import import_gguf  # noqa: E402
-from fedjax_qp.models.language.llama import LlamaConfig, initial_weights  # noqa: E402
-from fedjax_qp.models.language.pretrained import load_weights, read_config  # noqa: E402
-from fedjax_qp.models.language.tokenizer import load_tokenizer  # noqa: E402
+from support.small_gguf import write_model
+
+from fedjax_qp.models.language.gguf import import_gguf
+from fedjax_qp.models.language.pretrained import load_weights, read_config
+from fedjax_qp.models.language.tokenizer import load_tokenizer
 
 PATIENCE = 20  # seconds
 LONGEST = 500  # characters of a message, apart from the path of the test's folder
@@ -41,88 +41,6 @@ SAMPLE = 12  # every so-manieth input is in the suite
 
 class _TooLong(BaseException):
     """A loader took longer than PATIENCE; no `except Exception` may swallow it."""
-
-
-# ---- Damage ---------------------------------------------------------------------------------------------------------
-
-HOSTILE = (
-    None, True, False, -1, 0, 1, 2, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**32 + 1, 2**63, 2**64, -(2**63) - 1, 10**30, 10**400,
-    math.nan, math.inf, -math.inf, "", " ", "0", "1e400", "nan", "\x00", "\n", "é", "猫", "\ud800", "[/red]", "$\\frac$",
-    "../x", "x" * 10_000, [], {}, [[]], [None], [0], ["0"], {"0": 0}, list(range(1000)),
-)  # fmt: skip
-
-
-def damaged_bytes(intact: bytes, numbers: np.random.Generator, flips: int = 40) -> Iterator[tuple[str, bytes]]:
-    """The file cut, flipped, emptied, doubled and re-encoded."""
-    yield "empty", b""
-    yield "doubled", intact + intact
-    yield "zeros", bytes(len(intact))
-    yield "noise", numbers.bytes(len(intact))
-    yield "one byte", intact[:1]
-    yield "byte-order mark", b"\xef\xbb\xbf" + intact
-    yield "UTF-16", intact.decode("latin-1").encode("utf-16")
-    yield "a NUL before", b"\0" + intact
-    yield "a page of HTML", b"<!DOCTYPE html><html><body>404</body></html>"
-    yield "brackets", b"[" * 100_000
-    yield "braces", b'{"a":' * 100_000
-    yield "spaces", b" " * 100_000
-    for place in numbers.integers(1, len(intact), 12):
-        yield f"cut at {place}", intact[:place]
-    for place in numbers.integers(0, len(intact), flips):
-        bit = 1 << int(numbers.integers(8))
-        yield f"bit {bit} of byte {place}", intact[:place] + bytes([intact[place] ^ bit]) + intact[place + 1 :]
-    for place, byte in zip(numbers.integers(0, len(intact), 16), b'\x00\xff"\\{}[],:-.0\n\t\x80', strict=True):
-        yield f"byte {byte:#x} at {place}", intact[:place] + bytes([byte]) + intact[place:]
-
-
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The paths of all parts of a value of lists and dicts; of a list the first and last two items."""
-    yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from places(value[key], (*path, key))
-    elif isinstance(value, list):
-        for index in sorted({*range(min(2, len(value))), *range(max(len(value) - 2, 0), len(value))}):
-            yield from places(value[index], (*path, index))
-
-
-def replaced(value: Any, path: tuple, new: Any) -> Any:
-    if not path:
-        return new
-    value = copy.copy(value)
-    value[path[0]] = replaced(value[path[0]], path[1:], new)
-    return value
-
-
-def removed(value: Any, path: tuple) -> Any:
-    value = copy.deepcopy(value)
-    inside = value
-    for key in path[:-1]:
-        inside = inside[key]
-    del inside[path[-1]]
-    return value
-
-
-def damaged_values(value: Any, numbers: np.random.Generator, count: int) -> Iterator[tuple[str, str]]:
-    """JSON texts of the value with one part replaced, removed or repeated."""
-    everywhere = list(places(value))
-    for _ in range(count):
-        path, new = everywhere[numbers.integers(len(everywhere))], HOSTILE[numbers.integers(len(HOSTILE))]
-        yield f"{path} = {new!r:.40}", as_json(replaced(value, path, new))
-    for path in everywhere[1:]:
-        yield f"without {path}", as_json(removed(value, path))
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield f"{key} twice", f"{{{as_json(key)}: {as_json(item)}, {as_json(value)[1:]}"
-            yield f"a further {key!r:.20}s", as_json({**value, f"{key}s": item})
-
-
-def as_json(value: Any) -> str:
-    return json.dumps(value).replace("\\ud800", "\\uD800")
-
-
-def as_bytes(cases: Iterator[tuple[str, str]]) -> Iterator[tuple[str, bytes]]:
-    return ((name, text.encode("utf-8", "surrogatepass")) for name, text in cases)
 
 
 # ---- The kinds of files: an intact one, its damage, and what reads it and checks what was read -----------------------
@@ -357,59 +275,6 @@ def read_settings(file: Path) -> None:
 
 
 # A model of the smallest size, imported from a GGUF file as llama.cpp's own package writes it.
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MERGES = ["Ġ Ġ", "h i", "Ġ hi", "1 2"]
-TOKENS = [
-    *SPECIAL,
-    *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-    *(pair.replace(" ", "") for pair in MERGES),
-]
-MODEL = LlamaConfig(
-    vocabulary=len(TOKENS), width=32, layers=1, heads=4, key_value_heads=2, head_size=8, hidden=64, rope_theta=1e4,
-    rope_scaling=None, norm_epsilon=1e-5, tied=True, maximum_positions=128,
-)  # fmt: skip
-NAMES = {
-    "input_norm": "attn_norm", "post_norm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
-    "o_proj": "attn_output", "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-}  # fmt: skip
-
-
-def write_model(file: Path) -> Path:
-    writer = gguf.GGUFWriter(str(file), "llama")
-    for add, value in (
-        (writer.add_context_length, MODEL.maximum_positions),
-        (writer.add_embedding_length, MODEL.width),
-        (writer.add_block_count, MODEL.layers),
-        (writer.add_feed_forward_length, MODEL.hidden),
-        (writer.add_head_count, MODEL.heads),
-        (writer.add_head_count_kv, MODEL.key_value_heads),
-        (writer.add_layer_norm_rms_eps, MODEL.norm_epsilon),
-        (writer.add_rope_freq_base, MODEL.rope_theta),
-        (writer.add_rope_dimension_count, MODEL.head_size),
-        (writer.add_tokenizer_model, "gpt2"),
-        (writer.add_tokenizer_pre, "smollm"),
-        (writer.add_token_list, TOKENS),
-        (writer.add_token_merges, MERGES),
-        (writer.add_token_types, [3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL))),
-        (writer.add_bos_token_id, 1),
-        (writer.add_eos_token_id, 2),
-        (writer.add_pad_token_id, 2),
-    ):
-        add(value)
-    weights = jax.tree.map(np.asarray, initial_weights(MODEL, jax.random.key(0)))
-    tensors = {"token_embd.weight": weights["embed"], "output_norm.weight": weights["norm"]}
-    for name, stack in weights["blocks"].items():
-        array = stack["kernel"] if isinstance(stack, dict) else stack
-        tensors[f"blk.0.{NAMES[name]}.weight"] = np.ascontiguousarray(array[0].T)
-    for name, array in tensors.items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
-
-
 def model_files(intact: bytes) -> Callable[[np.random.Generator], Iterator[tuple[str, bytes]]]:
     """Damage of a GGUF file: most of it where it matters, in the description before the tensors."""
 
