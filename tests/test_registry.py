@@ -34,3 +34,10 @@ def test_without_examples_it_is_refused_with_an_example():
 def test_every_entry_of_the_package_declares_some():
     for registry in (sources, models):
         assert all(registry.examples(name) for name in registry.names())
+
+
+def test_each_kind_of_examples_means_something_for_a_run():
+    from fedjax_qp.registry import EXAMPLES
+    from fedjax_qp.tasks import KINDS
+
+    assert set(KINDS) == set(EXAMPLES)
